@@ -1,0 +1,7 @@
+"""accel-bigmodel."""
+
+from __future__ import annotations
+
+from accel_bigmodel._version import __version__
+
+__all__ = ["__version__"]

@@ -1,0 +1,239 @@
+"""This process among its peers: opened and closed explicitly, and the only global there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from accel_state.device import DeviceKind, select_device
+from accel_state.env import ProcessEnvironment, detect
+from accel_state.errors import ConfigError
+from accel_state.topology import MeshShape, Topology
+
+__all__ = ["DistributedType", "Process", "ProcessSettings"]
+
+
+class DistributedType(str, Enum):
+    """Kind of world a script runs in, by the names that users of such libraries compare with."""
+
+    NO = "NO"
+    MULTI_CPU = "MULTI_CPU"
+    MULTI_GPU = "MULTI_GPU"
+    MULTI_XPU = "MULTI_XPU"
+    MULTI_MPS = "MULTI_MPS"
+    MULTI_NPU = "MULTI_NPU"
+    MULTI_HPU = "MULTI_HPU"
+    MULTI_MLU = "MULTI_MLU"
+    MULTI_MUSA = "MULTI_MUSA"
+    MULTI_SDAA = "MULTI_SDAA"
+    MULTI_NEURON = "MULTI_NEURON"
+    XLA = "XLA"
+    FSDP = "FSDP"
+    DEEPSPEED = "DEEPSPEED"
+    MEGATRON_LM = "MEGATRON_LM"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessSettings:
+    """What was asked for when a `Process` was opened. Asking again must ask for the same."""
+
+    device: str | None = None
+    """Device type; ``None`` for the machine's own."""
+    backend: str | None = None
+    """``torch.distributed`` backend; ``None`` for the device's own."""
+    timeout_s: float = 1800.0
+    """Seconds that a collective waits for its peers."""
+    check_collectives: bool = False
+    """Whether collectives compare shapes and dtypes over all ranks first."""
+    mesh: MeshShape | None = None
+    """How the world is divided; ``None``: all of it ``dp_replicate``."""
+
+
+class Process:
+    """This process: its topology, its device and its process group.
+
+    Open it once; `Process.current()` finds it afterwards. It is a context manager too::
+
+        with Process.open(device="cpu") as process:
+            print(process.topology.rank, process.device)
+
+    A world of one process has no process group, and collectives are then the identity.
+    """
+
+    def __init__(self, settings: ProcessSettings, environment: ProcessEnvironment) -> None:
+        """Called by `open` only."""
+        self.settings = settings
+        self.environment = environment
+        self.topology: Topology = environment.topology(settings.mesh)
+        self.kind: DeviceKind
+        self.device: torch.device
+        self.kind, self.device = select_device(
+            settings.device, local_rank=self.topology.local_rank, local_world_size=self.topology.local_world_size
+        )
+        self._owns_group = False
+
+    @staticmethod
+    def open(
+        settings: ProcessSettings | None = None,
+        *,
+        environment: ProcessEnvironment | None = None,
+        store: dist.Store | None = None,
+    ) -> Process:
+        """Join the world. Every rank must call this; it returns when all have.
+
+        Opening again with the same settings gives the same object.
+
+        Args:
+            settings: what is asked for.
+            environment: place in the world; by default what the launcher's variables say.
+            store: a rendezvous store that is there already; by default one at the master's address.
+
+        Raises:
+            ConfigError: if it is open already with other settings (both are named), if a process group
+                of another size exists, or if the device or the rendezvous address is missing.
+        """
+        global _current
+        settings = settings or ProcessSettings()
+        if _current is not None:
+            _current._refuse_other(settings)
+            return _current
+        process = Process(settings, environment or detect())
+        process._join(store)
+        _current = process
+        return process
+
+    @staticmethod
+    def current() -> Process:
+        """The open process.
+
+        Raises:
+            ConfigError: if none is open.
+        """
+        if _current is None:
+            raise ConfigError(
+                "No process is open, so there is no rank, device or group to ask for. "
+                "Create an `Accelerator()` or call `Process.open()` first."
+            )
+        return _current
+
+    @staticmethod
+    def is_open() -> bool:
+        """Whether `current` would find one."""
+        return _current is not None
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """Kind of world by its devices; a strategy such as FSDP may narrow it."""
+        if self.kind.type == "xla":
+            return DistributedType.XLA
+        if self.topology.world_size == 1:
+            return DistributedType.NO
+        return DistributedType(f"MULTI_{self.kind.label}")
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Every rank must call this."""
+        if self.topology.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the world; the process group ends if it was started here. A second call does nothing."""
+        global _current
+        if _current is self:
+            _current = None
+            if self._owns_group and dist.is_initialized():
+                dist.destroy_process_group()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        place = f"rank {self.topology.rank} of {self.topology.world_size}"
+        return f"Process({place}, {self.device}, {self.distributed_type.value}, launcher {self.environment.launcher.value})"
+
+    def _refuse_other(self, settings: ProcessSettings) -> None:
+        if settings == self.settings:
+            return
+        differing = [
+            f"`{name}` is {getattr(self.settings, name)!r} and {getattr(settings, name)!r} was given"
+            for name in ProcessSettings.__dataclass_fields__
+            if getattr(self.settings, name) != getattr(settings, name)
+        ]
+        raise ConfigError(
+            f"This process is open with other settings: {'; '.join(differing)}. Its device and group are made once. "
+            f"Give the same settings everywhere, or `close()` it first."
+        )
+
+    def _join(self, store: dist.Store | None) -> None:
+        world_size = self.topology.world_size
+        if dist.is_initialized():
+            self._adopt_group()
+            return
+        if self.device.index is not None:
+            self.kind.call("set_device", self.device)
+        if world_size == 1:
+            return
+        timeout = timedelta(seconds=self.settings.timeout_s)
+        dist.init_process_group(
+            backend=self.settings.backend or self.kind.backend,
+            store=store or self._open_store(timeout),
+            rank=self.topology.rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=self.device if self.kind.type == "cuda" else None,
+        )
+        self._owns_group = True
+
+    def _adopt_group(self) -> None:
+        """The script started a process group of its own: use it, and leave it open at the end."""
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        if (world_size, rank) != (self.topology.world_size, self.topology.rank):
+            raise ConfigError(
+                f"A process group of {world_size} processes exists, in which this is rank {rank}, but the launcher's "
+                f"variables say rank {self.topology.rank} of {self.topology.world_size}. "
+                f"Start the script with `accel launch` or torchrun, or do not call `init_process_group` yourself."
+            )
+
+    def _open_store(self, timeout: timedelta) -> dist.Store:
+        environment = self.environment
+        if environment.master_addr is None or environment.master_port is None:
+            raise ConfigError(
+                f"The world has {self.topology.world_size} processes, but where rank 0 listens is not known "
+                f"(MASTER_ADDR={environment.master_addr}, MASTER_PORT={environment.master_port}; "
+                f"launcher {environment.launcher.value}). "
+                f"Set MASTER_ADDR and MASTER_PORT on every node, or start with `accel launch`."
+            )
+        serves = self.topology.rank == 0 and not environment.agent_store
+        try:
+            store = dist.TCPStore(
+                environment.master_addr,
+                environment.master_port,
+                self.topology.world_size,
+                is_master=serves,
+                timeout=timeout,
+                wait_for_workers=False,
+            )
+        except dist.DistNetworkError as error:
+            asked = f"{environment.master_addr}:{environment.master_port}"
+            if serves:
+                why, remedy = "cannot listen there", "Set MASTER_PORT to a free port"
+            else:
+                why, remedy = f"found no rank 0 there within {timeout.total_seconds():.0f} s", "Check that rank 0 runs"
+            raise ConfigError(
+                f"Rank {self.topology.rank} was told to meet its peers at {asked}, and {why} ({error}). "
+                f"{remedy}, or start with `accel launch`, which finds one."
+            ) from error
+        # A prefix, so that keys of ours and of a launcher's that shares the store never meet.
+        return dist.PrefixStore(f"accel/{environment.attempt}", store)
+
+
+_current: Process | None = None
