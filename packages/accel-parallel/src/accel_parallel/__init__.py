@@ -1,7 +1,72 @@
-"""accel-parallel."""
+"""How a model, its optimizers and its checkpoints are spread over processes.
+
+Names are imported when they are first used.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from accel_parallel._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from accel_parallel.accumulation import Accumulation as Accumulation
+    from accel_parallel.accumulation import Window as Window
+    from accel_parallel.audit import audit_model as audit_model
+    from accel_parallel.audit import audit_optimizer as audit_optimizer
+    from accel_parallel.checkpoint import Checkpoint as Checkpoint
+    from accel_parallel.checkpoint import Item as Item
+    from accel_parallel.checkpoint import latest_checkpoint as latest_checkpoint
+    from accel_parallel.checkpoint import save_checkpoint as save_checkpoint
+    from accel_parallel.ddp import DDPStrategy as DDPStrategy
+    from accel_parallel.optimizer import PreparedOptimizer as PreparedOptimizer
+    from accel_parallel.plugins import DDPCommunicationHookType as DDPCommunicationHookType
+    from accel_parallel.plugins import DistributedDataParallelKwargs as DistributedDataParallelKwargs
+    from accel_parallel.plugins import GradientAccumulationPlugin as GradientAccumulationPlugin
+    from accel_parallel.plugins import InitProcessGroupKwargs as InitProcessGroupKwargs
+    from accel_parallel.scheduler import PreparedScheduler as PreparedScheduler
+    from accel_parallel.select import select_strategy as select_strategy
+    from accel_parallel.select import strategy_class as strategy_class
+    from accel_parallel.single import SingleStrategy as SingleStrategy
+    from accel_parallel.strategy import Bundle as Bundle
+    from accel_parallel.strategy import Duty as Duty
+    from accel_parallel.strategy import OptimizerState as OptimizerState
+    from accel_parallel.strategy import Strategy as Strategy
+
+_HOME = {
+    "Accumulation": "accumulation",
+    "Window": "accumulation",
+    "audit_model": "audit",
+    "audit_optimizer": "audit",
+    "Checkpoint": "checkpoint",
+    "Item": "checkpoint",
+    "latest_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "DDPStrategy": "ddp",
+    "PreparedOptimizer": "optimizer",
+    "DDPCommunicationHookType": "plugins",
+    "DistributedDataParallelKwargs": "plugins",
+    "GradientAccumulationPlugin": "plugins",
+    "InitProcessGroupKwargs": "plugins",
+    "PreparedScheduler": "scheduler",
+    "select_strategy": "select",
+    "strategy_class": "select",
+    "SingleStrategy": "single",
+    "Bundle": "strategy",
+    "Duty": "strategy",
+    "OptimizerState": "strategy",
+    "Strategy": "strategy",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

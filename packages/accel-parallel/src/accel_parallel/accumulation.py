@@ -1,0 +1,306 @@
+"""Accumulation windows: which backward passes make one optimizer step, and what their gradients are divided by.
+
+The gradient at a step equals that of one process on the whole window, whatever the number of processes,
+micro-batches, or items in each (invariant 2):
+
+* ``scale_loss(loss)`` takes each micro-batch as one: the window's gradient is the mean over the micro-batches that
+  it really held. Where the last window of an epoch is known to be shorter, its losses are divided by the shorter
+  length at once; where that shows only at its end, the gradients are corrected then.
+* ``scale_loss(loss_sum, num_items)`` takes each item (a token, a sample) as one. Let :math:`L_{rm}` be the sum over the
+  :math:`n_{rm}` items of rank *r*, micro-batch *m*; wanted is :math:`\\nabla \\sum L_{rm} / \\sum n_{rm}`. The
+  denominator is known when the window ends, so each loss is first multiplied by ``ranks / reference``, with a
+  reference that all ranks share (the items of the window before), to stay within the range of float16; averaging over
+  the ranks in backward divides by ``ranks`` again; and at the end gradients are multiplied by
+  ``reference / total``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Literal
+
+import torch
+
+from accel_parallel.clip import gradients_of
+from accel_parallel.plugins import GradientAccumulationPlugin
+from accel_parallel.strategy import Strategy
+from accel_state.errors import ConfigError
+
+__all__ = ["Accumulation", "Window"]
+
+
+class Window:
+    """The micro-batches between two steps of one optimizer. Its gradients are those of `parameters`."""
+
+    __slots__ = (
+        "_items",
+        "_kind",
+        "_reference",
+        "divisor",
+        "fresh",
+        "micro_steps",
+        "parameters",
+        "pending",
+        "sync",
+    )
+
+    def __init__(self, parameters: Iterable[torch.Tensor] = ()) -> None:
+        self.parameters = tuple(parameters)
+        self.micro_steps = 0
+        """Micro-batches begun in this window, the current one included; 0 before the first."""
+        self.sync = True
+        """Whether the current micro-batch ends the window: gradients are exchanged and the optimizer steps."""
+        self.pending = False
+        """Whether gradients of this window wait for a step."""
+        self.fresh = False
+        """Whether the current micro-batch has been through backward."""
+        self.divisor = 1
+        """What the mean over micro-batches divides each loss by."""
+        self._kind: Literal["micro-batches", "items"] | None = None
+        self._items: torch.Tensor | None = None
+        self._reference: torch.Tensor | None = None
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether gradients of earlier micro-batches of this window must outlive a ``zero_grad()``."""
+        return self.pending and not (self.sync and self.fresh)
+
+    @property
+    def unfinished(self) -> int:
+        """Micro-batches whose gradients wait for a step; a resumed run has to see them again."""
+        return self.micro_steps if self.pending else 0
+
+    def begin(self, *, num_steps: int, remaining: int | None) -> None:
+        """A micro-batch begins, after which the epoch has `remaining` more (``None``: not known, or no epoch)."""
+        if self.sync:
+            self.micro_steps, self._kind, self._items, self._reference = 0, None, None, None
+            self.divisor = num_steps if remaining is None else min(num_steps, remaining + 1)
+        self.micro_steps += 1
+        self.sync = self.micro_steps >= num_steps or remaining == 0
+        self.fresh = False
+
+    def taken(self) -> None:
+        """The optimizer stepped, or its step was skipped: the window's gradients are spent."""
+        self.pending = False
+
+    def use(self, kind: Literal["micro-batches", "items"]) -> None:
+        """Note how this window is divided; one window is divided one way."""
+        if self._kind is not None and self._kind != kind and self.pending:
+            raise ConfigError(
+                f"`backward` was called {'with' if kind == 'items' else 'without'} `num_items` in an accumulation "
+                f"window that began {'without' if kind == 'items' else 'with'} it, so its gradients have no common "
+                f"unit. Pass `num_items` with every micro-batch of a window, or with none."
+            )
+        self._kind = kind
+
+    def correct_mean(self) -> None:
+        """At the end: the window held fewer micro-batches than its losses were divided by."""
+        if self._kind == "micro-batches" and self.divisor != self.micro_steps:
+            _multiply(self.parameters, self.divisor / self.micro_steps)
+            self.divisor = self.micro_steps  # another loss of this same micro-batch is divided rightly at once
+
+    def add_items(self, num_items: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Count the items of one micro-batch. Returns what its loss is divided by: `reference` if the window is new."""
+        if self.fresh:
+            raise ConfigError(
+                "`backward(loss, num_items=...)` was called twice for one micro-batch of an accumulation window, and "
+                "its items would be counted twice. Add the losses up and call it once."
+            )
+        if self._items is None or self._reference is None:
+            self._items, self._reference = num_items, reference
+        else:
+            self._items = self._items + num_items
+        return self._reference
+
+    def correct_items(self, strategy: Strategy) -> torch.Tensor:
+        """At the end: divide by what the window held over all ranks, and return that. Every rank must call this."""
+        assert self._items is not None
+        assert self._reference is not None
+        total = _at_least_one(strategy.sum_over_data(self._items))
+        _multiply(self.parameters, self._reference / total)
+        self._items = self._reference = None
+        return total
+
+    @property
+    def counts_items(self) -> bool:
+        """Whether gradients of this window still have to be divided by its items."""
+        return self._items is not None
+
+
+class Accumulation:
+    """All windows of a run. Owned by the `Accelerator`, which tells it of every micro-batch and every backward."""
+
+    def __init__(self, plugin: GradientAccumulationPlugin, strategy: Strategy) -> None:
+        self.plugin = plugin
+        self.strategy = strategy
+        self.num_steps = plugin.num_steps
+        self._windows: list[Window] = []
+        self._unbound = Window()
+        self._active: tuple[Window, ...] = (self._unbound,)
+        self._everything: tuple[Window, ...] = self._active
+        self._inside = False
+        self._reference: torch.Tensor | None = None
+        """Items of the window that ended last, over all ranks: the scale of the next one's losses."""
+
+    def bind(self, parameters: Iterable[torch.Tensor]) -> Window:
+        """A window for an optimizer of these parameters."""
+        window = Window(parameters)
+        self._windows.append(window)
+        self._everything = self._active = tuple(self._windows)
+        return window
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the current micro-batch ends its window (all of its windows, where there are several)."""
+        return all(window.sync for window in self._active)
+
+    @property
+    def between_windows(self) -> bool:
+        """Whether no gradient of any window waits for a step, so that the loss scale may change."""
+        return not any(window.pending for window in self._everything)
+
+    @property
+    def unfinished(self) -> int:
+        """Most micro-batches of a window that a run resumed from now would have to repeat."""
+        return max(window.unfinished for window in self._everything)
+
+    def windows_of(self, parameters: Iterable[torch.Tensor]) -> tuple[Window, ...]:
+        """The windows that own any of these parameters; all of them where none does."""
+        wanted = {id(parameter) for parameter in parameters}
+        found = tuple(w for w in self._windows if any(id(p) in wanted for p in w.parameters))
+        return found or self._everything
+
+    def enter(self, windows: Sequence[Window] | None, remaining: int | None) -> Scope:
+        """A micro-batch of these windows (all: ``None``) begins; ``with`` its result around forward, backward, step."""
+        if not self.plugin.sync_with_dataloader:
+            remaining = None
+        active = self._everything if windows is None else tuple(windows)
+        for window in active:
+            window.begin(num_steps=self.num_steps, remaining=remaining)
+        return Scope(self, active)
+
+    def scale_loss(self, loss: torch.Tensor, num_items: int | float | torch.Tensor | None = None) -> torch.Tensor:
+        """What backward is to be run on, so that the window's gradient comes out exact.
+
+        Args:
+            loss: a scalar. Without `num_items` the mean over this rank's micro-batch; with it the sum over its items.
+            num_items: items that `loss` sums over on this rank, a number or a scalar tensor.
+
+        Raises:
+            ConfigError: if one window mixes both forms, or `num_items` is negative or comes without `accumulate`
+                although a window has several micro-batches.
+        """
+        if self._inside:
+            for window in self._active:
+                window.use("micro-batches" if num_items is None else "items")
+        if num_items is not None:
+            return self._by_items(loss, _as_count(num_items, loss))
+        if not self._inside:
+            # The script counts by itself: the familiar meaning divides by the length it announced.
+            return loss if self.num_steps == 1 else loss / self.num_steps
+        divisor = self._common_divisor()
+        return loss if divisor == 1 else loss / divisor
+
+    def after_backward(self) -> None:
+        """Backward ran. Where it ended a window, its gradients get their final scale now."""
+        for window in self._active:
+            window.pending = True
+            window.fresh = True
+            if window.sync and self._inside:
+                if window.counts_items:
+                    self._reference = window.correct_items(self.strategy)
+                else:
+                    window.correct_mean()
+
+    def _common_divisor(self) -> int:
+        divisors = {window.divisor for window in self._active}
+        if len(divisors) > 1:
+            raise ConfigError(
+                f"This backward reaches optimizers whose windows are divided by {sorted(divisors)} micro-batches, and one "
+                f"loss has one divisor. Call `accumulate(model)` for each model, with a `backward` of its own inside."
+            )
+        return divisors.pop()
+
+    def _by_items(self, loss: torch.Tensor, num_items: torch.Tensor) -> torch.Tensor:
+        ranks = self.strategy.average_size
+        if not self._inside and self.num_steps > 1:
+            raise ConfigError(
+                f"`backward(loss, num_items=...)` was called outside `accumulate(...)` with "
+                f"`gradient_accumulation_steps={self.num_steps}`, so where the window ends is not known. "
+                f"Put the micro-batch inside `with accelerator.accumulate(model):`."
+            )
+        if all(window.sync and window.micro_steps <= 1 and window.divisor == 1 for window in self._active):
+            # A window of one micro-batch: its total is known before backward, and no gradient needs correcting.
+            return loss * (ranks / _at_least_one(self.strategy.sum_over_data(num_items)))
+        if self._reference is None:
+            self._reference = _at_least_one(self.strategy.sum_over_data(num_items))
+        references = [window.add_items(num_items, self._reference) for window in self._active]
+        if any(reference is not references[0] for reference in references):
+            raise ConfigError(
+                f"This backward reaches {len(references)} optimizers whose windows began at different micro-batches, and "
+                f"one loss has one scale. Call `accumulate(model)` for each model, with a `backward` of its own inside."
+            )
+        return loss * (ranks / references[0])
+
+
+class Scope:
+    """One micro-batch: while it is open, its windows are the ones that backward belongs to."""
+
+    __slots__ = ("_accumulation", "_before", "_inside", "windows")
+
+    def __init__(self, accumulation: Accumulation, windows: tuple[Window, ...]) -> None:
+        self._accumulation = accumulation
+        self.windows = windows
+
+    def __enter__(self) -> None:
+        accumulation = self._accumulation
+        self._before, self._inside = accumulation._active, accumulation._inside
+        accumulation._active, accumulation._inside = self.windows, True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        accumulation = self._accumulation
+        accumulation._inside = self._inside
+        if self._inside:
+            accumulation._active = self._before
+
+
+def _as_count(num_items: int | float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    if isinstance(num_items, torch.Tensor):
+        count = num_items.detach().to(device=loss.device)
+    else:
+        if num_items < 0:
+            raise ConfigError(
+                f"`num_items={num_items}` is negative, and a loss sums over no fewer than zero items. "
+                f"Pass how many items (tokens, samples) the loss is the sum of on this process."
+            )
+        count = torch.tensor(num_items, device=loss.device)
+    if count.dim() != 0:
+        raise ConfigError(
+            f"`num_items` has shape {tuple(count.shape)}, but one loss has one count. Pass a number or a scalar tensor, "
+            f"such as `(labels != -100).sum()`."
+        )
+    # float64 counts exactly up to 2**53 items; a device without it counts up to 2**24.
+    return count.to(torch.float32 if loss.device.type == "mps" else torch.float64)
+
+
+def _at_least_one(total: torch.Tensor) -> torch.Tensor:
+    """A window without any item has gradients of zero, not of 0 / 0."""
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _multiply(parameters: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
+    gradients = gradients_of(parameters)
+    if not gradients:
+        return
+    with torch.no_grad():
+        if isinstance(factor, torch.Tensor):
+            by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+            for gradient in gradients:
+                by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+            for (device, dtype), group in by_kind.items():
+                torch._foreach_mul_(group, factor.to(device=device, dtype=dtype))
+        else:
+            torch._foreach_mul_(gradients, factor)

@@ -1,0 +1,110 @@
+"""Names of checkpoint folders: which number comes next, which is the latest, which may go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from accel_parallel.checkpoint.manifest import MANIFEST_NAME
+from accel_state.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "complete_checkpoints",
+    "latest_checkpoint",
+    "next_number",
+    "numbered_path",
+    "previous_path",
+    "prune",
+    "recover",
+]
+
+_NUMBERED = re.compile(r"checkpoint_(\d+)")
+
+
+def numbered_path(folder: Path, number: int) -> Path:
+    """The folder of an automatically named checkpoint."""
+    return folder / f"checkpoint_{number}"
+
+
+def previous_path(final: Path) -> Path:
+    """Where a checkpoint waits while another takes its name."""
+    return final.with_name(f".{final.name}.previous")
+
+
+def recover(final: Path) -> None:
+    """Put back the checkpoint that a crash left aside while another was taking its name. Main process only."""
+    previous = previous_path(final)
+    if previous.is_dir():
+        if final.exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(final)
+
+
+def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """The automatically named, complete checkpoints of a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in folder.iterdir():
+        match = _NUMBERED.fullmatch(path.name)
+        if match and (path / MANIFEST_NAME).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest number; ``None`` where nothing was saved yet.
+
+    Raises:
+        CheckpointError: if there are numbered folders and none is complete, which no save leaves behind.
+    """
+    complete = complete_checkpoints(folder)
+    if complete:
+        return complete[-1][1]
+    broken = sorted(path.name for path in folder.glob("checkpoint_*") if path.is_dir()) if folder.is_dir() else []
+    if broken:
+        raise CheckpointError(
+            f"`{folder}` holds {', '.join(broken)}, and none of them has a `{MANIFEST_NAME}`, so none is complete. "
+            f"Restore one from a backup, or remove them to start anew."
+        )
+    return None
+
+
+def next_number(folder: Path) -> int:
+    """One more than any number in use, complete or not, so that no name is taken twice after a resume."""
+    if not folder.is_dir():
+        return 0
+    numbers = [int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
+    return max(numbers, default=-1) + 1
+
+
+def prune(folder: Path, *, total_limit: int, keep: Iterable[Path] = ()) -> list[Path]:
+    """Remove the oldest complete checkpoints until `total_limit` are left. Main process only, after a commit.
+
+    Args:
+        folder: holds the numbered checkpoints.
+        total_limit: how many may stay, at least one.
+        keep: paths that stay whatever their age, such as the one that was resumed from.
+
+    Returns:
+        What was removed.
+    """
+    if total_limit < 1:
+        raise ConfigError(
+            f"`total_limit={total_limit}` would remove the checkpoint that was just written. Allow at least one, or "
+            f"leave the limit out to keep all."
+        )
+    protected = {path.resolve() for path in keep}
+    complete = [path for _, path in complete_checkpoints(folder)]
+    surplus = [path for path in complete[: max(0, len(complete) - total_limit)] if path.resolve() not in protected]
+    for path in surplus:
+        # Out of sight by one rename first: a half-removed folder must never look like a checkpoint.
+        hidden = path.with_name(f".{path.name}.removed")
+        if hidden.exists():
+            shutil.rmtree(hidden)
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    return surplus

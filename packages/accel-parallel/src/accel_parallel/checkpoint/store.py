@@ -1,0 +1,145 @@
+"""Writing and reading the files of one item."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from accel_parallel.checkpoint.codec import decode, encode
+from accel_parallel.checkpoint.manifest import FileRecord, ItemRecord, Manifest, checksum
+from accel_state.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Item", "sync_to_disk", "write_item"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to save, in memory."""
+
+    name: str
+    """Unique in a checkpoint; the stem of its files."""
+    kind: str
+    state: Any
+    """Nested JSON values and tensors. A flat dict of tensors becomes one safetensors file with those keys."""
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is a dict of tensors and nothing else, so that any safetensors reader can use its file."""
+        return isinstance(self.state, Mapping) and bool(self.state) and all(map(torch.is_tensor, self.state.values()))
+
+
+def sync_to_disk(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_item(folder: Path, item: Item) -> tuple[ItemRecord, dict[str, FileRecord]]:
+    """Write the files of one item, flushed to the disk, and return what the manifest says of them.
+
+    Raises:
+        OSError: whatever the disk says, such as being full.
+        CheckpointError: for a value that cannot be stored.
+    """
+    if item.is_flat:
+        tree, tensors = None, {name: tensor.detach() for name, tensor in item.state.items()}
+    else:
+        tree, tensors = encode(item.state, item=item.name)
+    files: list[str] = []
+    distinct, aliases = _split_tied(tensors)
+    if distinct:
+        files.append(f"{item.name}.safetensors")
+        try:
+            save_file(distinct, folder / files[-1], metadata={"format": "pt"})
+        except SafetensorError as error:  # it reports a full disk so, too
+            raise OSError(f"writing `{files[-1]}` failed: {error}") from error
+    if tree is not None or not files:
+        files.append(f"{item.name}.json")
+        (folder / files[-1]).write_text(json.dumps(tree), encoding="utf-8")
+    records = {}
+    for name in files:
+        sync_to_disk(folder / name)
+        records[name] = FileRecord((folder / name).stat().st_size, checksum(folder / name))
+    return ItemRecord(item.kind, tuple(files), aliases), records
+
+
+def _split_tied(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """One entry for each tensor that is the same memory under several names; views of it become copies."""
+    distinct: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        place = (
+            storage,
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+            str(tensor.device),
+        )
+        if tensor.numel() and place in seen:
+            aliases[name] = seen[place]
+            continue
+        seen[place] = name
+        whole = tensor.is_contiguous() and storage not in storages and _fills_storage(tensor)
+        distinct[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        storages.add(storage)
+    return distinct, aliases
+
+
+def _fills_storage(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+class Checkpoint:
+    """A complete checkpoint on disk, opened for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            CheckpointError: if the folder holds no complete checkpoint.
+        """
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+
+    @property
+    def items(self) -> Mapping[str, ItemRecord]:
+        """What is in it, by name."""
+        return self.manifest.items
+
+    def read(self, item: str) -> Any:
+        """The state of one item, tensors on the CPU, after its files proved unchanged.
+
+        Raises:
+            CheckpointError: if it is not in the checkpoint, or a file is missing or damaged; the error names both.
+        """
+        if item not in self.items:
+            raise CheckpointError(
+                f"`{self.folder}` holds no `{item}`; it holds {', '.join(sorted(self.items))}. "
+                f"Prepare and register the same objects, in the same order, as when it was written."
+            )
+        self.manifest.verify(self.folder, item)
+        record = self.items[item]
+        tensors: dict[str, torch.Tensor] = {}
+        tree: Any = None
+        for name in record.files:
+            if name.endswith(".safetensors"):
+                tensors.update(load_file(self.folder / name))
+            else:
+                tree = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        tensors.update({alias: tensors[name] for alias, name in record.aliases.items()})
+        has_tree = any(name.endswith(".json") for name in record.files)
+        return decode(tree, tensors, item=item) if has_tree else tensors

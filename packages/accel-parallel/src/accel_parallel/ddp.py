@@ -1,0 +1,97 @@
+"""Data parallel: a whole model on every process, gradients averaged while backward still runs.
+
+Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", arXiv:2006.15704.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from accel_parallel.plugins import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accel_parallel.single import SingleStrategy
+from accel_parallel.strategy import Bundle
+from accel_state.errors import ConfigError
+from accel_state.process import Process
+
+__all__ = ["DDPStrategy"]
+
+
+class DDPStrategy(SingleStrategy):
+    """Wraps every model that has something to train in ``DistributedDataParallel``."""
+
+    name = "ddp"
+
+    def __init__(
+        self, process: Process, *, place: bool = True, options: DistributedDataParallelKwargs | None = None
+    ) -> None:
+        super().__init__(process, place=place)
+        if process.topology.world_size < 2:
+            raise ConfigError(
+                "Data parallel was asked for in a world of one process, which has nobody to average gradients with. "
+                "Launch at least two processes, or leave the strategy to be chosen."
+            )
+        self.options = options or DistributedDataParallelKwargs()
+
+    @property
+    def average_size(self) -> int:
+        return self.process.topology.world_size
+
+    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def prepare(self, bundle: Bundle) -> Bundle:
+        bundle = super().prepare(bundle)
+        return Bundle(tuple(self._wrap(model) for model in bundle.models), bundle.optimizers)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        inner = super().unwrap(model)
+        return super().unwrap(inner.module) if isinstance(inner, DistributedDataParallel) else inner
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            return model  # DDP refuses a model without gradients, and there is nothing to average
+        device = self.process.device
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.index is not None else None,
+            broadcast_buffers=self.options.broadcast_buffers,
+            bucket_cap_mb=self.options.bucket_cap_mb,
+            find_unused_parameters=self.options.find_unused_parameters,
+            gradient_as_bucket_view=self.options.gradient_as_bucket_view,
+            static_graph=self.options.static_graph,
+        )
+        self._register_hook(wrapped)
+        return wrapped
+
+    def _register_hook(self, wrapped: DistributedDataParallel) -> None:
+        kinds, hook, wrapper = DDPCommunicationHookType, self.options.comm_hook, self.options.comm_wrapper
+        if hook is kinds.NO and wrapper is kinds.NO:
+            return
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+        state: Any = None
+        if hook in (kinds.POWER_SGD, kinds.BATCHED_POWER_SGD):
+            state = powerSGD_hook.PowerSGDState(process_group=None, **self.options.comm_state_option)
+        function: Any = {
+            kinds.NO: default_hooks.allreduce_hook,
+            kinds.FP16: default_hooks.fp16_compress_hook,
+            kinds.BF16: default_hooks.bf16_compress_hook,
+            kinds.POWER_SGD: powerSGD_hook.powerSGD_hook,
+            kinds.BATCHED_POWER_SGD: powerSGD_hook.batched_powerSGD_hook,
+        }[hook]
+        if wrapper is kinds.FP16:
+            function = default_hooks.fp16_compress_wrapper(function)
+        elif wrapper is kinds.BF16:
+            function = default_hooks.bf16_compress_wrapper(function)
+        wrapped.register_comm_hook(state, function)

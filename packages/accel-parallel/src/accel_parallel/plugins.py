@@ -1,0 +1,96 @@
+"""What users may set about a strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import Enum
+from typing import Any
+
+from accel_state.errors import ConfigError
+
+__all__ = [
+    "DDPCommunicationHookType",
+    "DistributedDataParallelKwargs",
+    "GradientAccumulationPlugin",
+    "InitProcessGroupKwargs",
+]
+
+
+class DDPCommunicationHookType(str, Enum):
+    """How DDP exchanges a bucket of gradients."""
+
+    NO = "no"
+    """As they are."""
+    FP16 = "fp16"
+    """Rounded to float16 for the exchange: half the traffic, gradients no longer exact."""
+    BF16 = "bf16"
+    """Rounded to bfloat16 for the exchange: half the traffic, gradients no longer exact."""
+    POWER_SGD = "power_sgd"
+    """Low-rank approximation with error feedback (Vogels et al., arXiv:1905.13727)."""
+    BATCHED_POWER_SGD = "batched_power_sgd"
+    """The same over a whole flattened bucket: faster, coarser."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedDataParallelKwargs:
+    """Options of ``torch.nn.parallel.DistributedDataParallel``. Refused in a world of one process where it has none."""
+
+    broadcast_buffers: bool = True
+    """Whether rank 0's buffers replace everybody's at the start of each forward."""
+    bucket_cap_mb: int | None = None
+    """Size of a bucket of gradients in MiB; ``None``: torch's own choice."""
+    find_unused_parameters: bool = False
+    """Whether to look, each forward, for parameters that will get no gradient. Costs a graph walk a step."""
+    gradient_as_bucket_view: bool = False
+    """Whether gradients live in the exchange buffers, saving a copy of them in memory."""
+    static_graph: bool = False
+    """Whether every step uses the same parameters in the same order; allows more overlap."""
+    comm_hook: DDPCommunicationHookType = DDPCommunicationHookType.NO
+    """How a bucket is exchanged."""
+    comm_wrapper: DDPCommunicationHookType = DDPCommunicationHookType.NO
+    """``FP16`` or ``BF16``: what `comm_hook` itself sends is rounded to this dtype."""
+    comm_state_option: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of PowerSGD's state, such as ``matrix_approximation_rank``."""
+
+    def __post_init__(self) -> None:
+        powers = (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD)
+        if self.comm_wrapper in powers:
+            raise ConfigError(
+                f"`comm_wrapper={self.comm_wrapper.value!r}` is no rounding: a wrapper only changes the dtype that "
+                f"`comm_hook` sends. Set `comm_wrapper` to fp16, bf16 or no."
+            )
+        if self.comm_state_option and self.comm_hook not in powers:
+            raise ConfigError(
+                f"`comm_state_option={self.comm_state_option}` has no effect with `comm_hook={self.comm_hook.value!r}`, "
+                f"which keeps no state. Leave it out, or set `comm_hook` to power_sgd or batched_power_sgd."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitProcessGroupKwargs:
+    """How the process group is opened. Without effect, and so refused, in a world of one process."""
+
+    backend: str | None = None
+    """Name of the ``torch.distributed`` backend; ``None``: the device's own."""
+    timeout: timedelta | None = None
+    """How long a collective waits for its peers; ``None``: half an hour."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GradientAccumulationPlugin:
+    """How micro-batches make up a window, after which the optimizer steps."""
+
+    num_steps: int
+    """Micro-batches in a window."""
+    sync_with_dataloader: bool = True
+    """Whether a window ends with the epoch, however many micro-batches it holds by then."""
+    sync_each_batch: bool = False
+    """Whether gradients are exchanged after every micro-batch: more traffic, less memory where they are sharded."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_steps, int) or isinstance(self.num_steps, bool) or self.num_steps < 1:
+            raise ConfigError(
+                f"`num_steps={self.num_steps!r}` is not a number of micro-batches: a window holds at least one. "
+                f"Give a positive integer."
+            )

@@ -1,0 +1,42 @@
+"""Which strategy a run takes: pure choice by name and world, and the registry that names resolve in."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from accel_state.config import did_you_mean
+from accel_state.errors import ConfigError
+
+__all__ = ["BUILT_IN", "select_strategy", "strategy_class"]
+
+BUILT_IN: dict[str, str] = {
+    "single": "accel_parallel.single:SingleStrategy",
+    "ddp": "accel_parallel.ddp:DDPStrategy",
+}
+"""Strategies of this package, as ``module:class``. Others join by the entry-point group ``accel.strategies``."""
+
+
+def select_strategy(*, world_size: int) -> str:
+    """Name of the strategy for a world of this size, when none is asked for. Pure."""
+    return "single" if world_size == 1 else "ddp"
+
+
+def strategy_class(name: str) -> Any:
+    """The class behind a name: called with the open `Process` and keyword options, it gives a `Strategy`.
+
+    Raises:
+        ConfigError: if no installed package provides the name.
+    """
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(import_module(module), attribute)
+    provided = {point.name: point for point in entry_points(group="accel.strategies")}
+    if name not in provided:
+        known = sorted({*BUILT_IN, *provided})
+        raise ConfigError(
+            f"`strategy={name!r}` is not provided by any installed package.{did_you_mean(name, known)} "
+            f"Use one of {', '.join(known)}, or install the package that provides it."
+        )
+    return provided[name].load()

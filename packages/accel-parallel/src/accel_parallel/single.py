@@ -1,0 +1,162 @@
+"""One process, one device, nothing spread: the strategy that the others are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from accel_parallel.clip import check_clip, gradients_of
+from accel_parallel.strategy import Bundle, Duty, OptimizerState
+from accel_state.errors import CheckpointError
+from accel_state.process import Process
+from accel_state.protocols import LossScaler
+
+__all__ = ["SingleStrategy"]
+
+
+class SingleStrategy:
+    """Models move to the process's device and are otherwise left as they are."""
+
+    name = "single"
+    owns: frozenset[Duty] = frozenset()
+
+    def __init__(self, process: Process, *, place: bool = True) -> None:
+        """
+        Args:
+            process: the open process, whose device is used.
+            place: whether to move models to the device; without it they must be there already.
+        """
+        self.process = process
+        self.place = place
+
+    @property
+    def average_size(self) -> int:
+        return 1
+
+    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def prepare(self, bundle: Bundle) -> Bundle:
+        if self.place:
+            for model in bundle.models:
+                model.to(self.process.device)
+            for optimizer in bundle.optimizers:
+                if optimizer.state:  # it stepped before: let its state follow its parameters
+                    optimizer.load_state_dict(optimizer.state_dict())
+        return bundle
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    ) -> torch.Tensor:
+        check_clip(max_norm, norm_type)
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def grad_norm(self, parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+        return nn.utils.get_total_norm(gradients_of(parameters), norm_type)
+
+    def step(self, optimizer: Optimizer, *, scaler: LossScaler, closure: Callable[[], Any] | None = None) -> bool:
+        if not scaler.enabled:
+            optimizer.step(closure)  # type: ignore[arg-type]
+            return True
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        scaler.unscale_(optimizer, gradients_of(parameters))
+        return scaler.step(optimizer, optimizer.step)
+
+    def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.unwrap(model).state_dict().items() if _is_tensor(name, value)}
+
+    def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        inner = self.unwrap(model)
+        present = self.model_state(inner)
+        _refuse_other_names("the model", set(present), set(state))
+        for name, tensor in state.items():
+            if tensor.shape != present[name].shape:
+                raise CheckpointError(
+                    f"`{name}` has shape {tuple(tensor.shape)} in the checkpoint and {tuple(present[name].shape)} in the "
+                    f"model, so it cannot be copied. Build the model as it was when the checkpoint was written."
+                )
+            if tensor.dtype != present[name].dtype:
+                raise CheckpointError(
+                    f"`{name}` is {tensor.dtype} in the checkpoint and {present[name].dtype} in the model; copying would "
+                    f"round it without a word. Build the model in {tensor.dtype}."
+                )
+        inner.load_state_dict(dict(state), strict=True)
+
+    def optimizer_state(self, optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> OptimizerState:
+        groups = [
+            {
+                **{key: value for key, value in group.items() if key != "params"},
+                "params": [names[p] for p in group["params"]],
+            }
+            for group in optimizer.param_groups
+        ]
+        state = {names[parameter]: dict(entries) for parameter, entries in optimizer.state.items()}
+        return OptimizerState(state=state, groups=groups)
+
+    def load_optimizer_state(
+        self, optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: OptimizerState
+    ) -> None:
+        if len(state.groups) != len(optimizer.param_groups):
+            raise CheckpointError(
+                f"The checkpoint's optimizer has {len(state.groups)} parameter groups and this one has "
+                f"{len(optimizer.param_groups)}. Build the optimizer as it was when the checkpoint was written."
+            )
+        # torch wants positions: number the parameters of this optimizer and place each entry by its name.
+        position: dict[str, int] = {}
+        for present, saved in zip(optimizer.param_groups, state.groups, strict=True):
+            ours = [names[parameter] for parameter in present["params"]]
+            _refuse_other_names("a parameter group of the optimizer", set(ours), set(saved["params"]))
+            for name in ours:
+                position[name] = len(position)
+        offset, groups = 0, []
+        for present, saved in zip(optimizer.param_groups, state.groups, strict=True):
+            count = len(present["params"])
+            groups.append({**saved, "params": list(range(offset, offset + count))})
+            offset += count
+        _refuse_other_names("the optimizer", set(position), set(state.state) | set(position))
+        optimizer.load_state_dict(
+            {"state": {position[name]: entries for name, entries in state.state.items()}, "param_groups": groups}
+        )
+
+    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return self.model_state(model)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        assert isinstance(inner, nn.Module)
+        return inner
+
+
+def _is_tensor(name: str, value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    raise CheckpointError(
+        f"`{name}` in the model's state is a {type(value).__name__}, and a checkpoint holds tensors there. "
+        f"Return a tensor from `get_extra_state`, or register the object with `register_for_checkpointing`."
+    )
+
+
+def _refuse_other_names(what: str, present: set[str], saved: set[str]) -> None:
+    missing, extra = sorted(present - saved), sorted(saved - present)
+    if missing or extra:
+        parts = [f"lacks {_some(missing)}" if missing else "", f"holds {_some(extra)} too" if extra else ""]
+        raise CheckpointError(
+            f"The checkpoint of {what} {' and '.join(part for part in parts if part)}. Restoring only a part would "
+            f"go on with wrong values. Build it as it was when the checkpoint was written."
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,108 @@
+"""The boundary behind which every way of spreading a model lives: one `Strategy`, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from accel_state.protocols import LossScaler
+
+__all__ = ["Bundle", "Duty", "OptimizerState", "Strategy"]
+
+
+class Duty(str, Enum):
+    """Work that a backend may do by itself, so that nobody does it a second time."""
+
+    SCALE = "scale"
+    """Scaling the loss of a float16 backward."""
+    AVERAGE = "average"
+    """Dividing by the number of micro-batches of a window."""
+    CLIP = "clip"
+    """Clipping gradients inside its step."""
+    STEP = "step"
+    """Deciding when the optimizer really steps."""
+    SAVE = "save"
+    """Writing its own checkpoint files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What is prepared together, since a backend may replace the parameters that an optimizer holds."""
+
+    models: tuple[nn.Module, ...] = field(default=())
+    optimizers: tuple[Optimizer, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """State of one optimizer, keyed by parameter name instead of position, so it outlives a reordering."""
+
+    state: dict[str, dict[str, Any]]
+    """For each parameter name, its entries, such as ``exp_avg``: tensors on the parameter's device, or numbers."""
+    groups: list[dict[str, Any]]
+    """Hyperparameters of each group; ``params`` lists the names."""
+
+
+class Strategy(Protocol):
+    """How models, their gradients and their optimizers are spread over the processes.
+
+    The `Accelerator` calls it, never branching on which one it is. ``prepare``, the state functions and
+    ``clip_grad_norm_`` are called by every rank, in the same order; so is ``backward`` while gradients are synchronised.
+    """
+
+    name: str
+    owns: frozenset[Duty]
+
+    @property
+    def average_size(self) -> int:
+        """Over how many ranks `backward` averages gradients; 1 where it does not."""
+
+    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over the ranks that see different data, on each of them."""
+
+    def prepare(self, bundle: Bundle) -> Bundle:
+        """Move, wrap or shard the models, and let the optimizers follow. Same lengths, same order."""
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Add the gradients of `loss`, averaged over `average_size` ranks unless inside `no_sync`."""
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """While open, forward and backward through `model` keep gradients local."""
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    ) -> torch.Tensor:
+        """Scale the gradients so that their common norm is at most `max_norm`. Returns the norm before, a scalar."""
+
+    def grad_norm(self, parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+        """The norm that `clip_grad_norm_` would see, a scalar."""
+
+    def step(self, optimizer: Optimizer, *, scaler: LossScaler, closure: Callable[[], Any] | None = None) -> bool:
+        """Step. False: the gradients were not finite, and nothing was changed."""
+
+    def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers by fully qualified name, as this rank holds them."""
+
+    def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy `state` in. Raises `CheckpointError` naming what is missing, extra or of another shape."""
+
+    def optimizer_state(self, optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> OptimizerState:
+        """State of `optimizer`, its parameters called as `names` says."""
+
+    def load_optimizer_state(
+        self, optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: OptimizerState
+    ) -> None:
+        """Put it back. Raises `CheckpointError` naming the parameters that do not fit."""
+
+    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The whole model by fully qualified name, gathered where it is sharded."""
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The module that the user handed in."""
