@@ -50,13 +50,14 @@ class RunConfig:
         if self.mixed_precision not in get_args(MixedPrecision):
             known = list(get_args(MixedPrecision))
             raise ConfigError(
-                f"`mixed_precision={self.mixed_precision!r}` ({self.source('mixed_precision')}) is not a precision this "
-                f"version computes in.{did_you_mean(str(self.mixed_precision), known)} Use one of {', '.join(known)}."
+                f"`mixed_precision={self.mixed_precision!r}` ({self.source('mixed_precision')}) is not a precision "
+                f"this version computes in.{did_you_mean(str(self.mixed_precision), known)} "
+                f"Use one of {', '.join(known)}."
             )
         _check_count("gradient_accumulation_steps", self.gradient_accumulation_steps, self)
-        if isinstance(self.timeout_s, bool) or not self.timeout_s > 0:
+        if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, (int, float)) or not self.timeout_s > 0:
             raise ConfigError(
-                f"`timeout_s={self.timeout_s}` ({self.source('timeout_s')}) would end every collective at once. "
+                f"`timeout_s={self.timeout_s}` ({self.source('timeout_s')}) is no time that a collective could wait. "
                 f"Give a positive number of seconds."
             )
 
@@ -123,7 +124,14 @@ class LaunchSettings:
         version = data.get("version") if isinstance(data, dict) else None
         if version != _FORMAT_VERSION:
             raise ConfigError(
-                f"`{RUN_CONFIG_VARIABLE}` has format version {version!r}, and this accel-state reads {_FORMAT_VERSION}: "
-                f"launcher and training process come from different installations. Install both from one."
+                f"`{RUN_CONFIG_VARIABLE}` has format version {version!r}, and this accel-state reads "
+                f"{_FORMAT_VERSION}: launcher and training process come from different installations. "
+                f"Install both from one."
             )
-        return cls(values=data.get("settings", {}), sources=data.get("sources", {}))
+        values, sources = data.get("settings", {}), data.get("sources", {})
+        if not isinstance(values, dict) or not isinstance(sources, dict):
+            raise ConfigError(
+                f"`{RUN_CONFIG_VARIABLE}={text}` holds `settings` or `sources` that are no JSON objects, and only "
+                f"`accel launch` should write it. Unset it, or start with `accel launch`."
+            )
+        return cls(values=values, sources=sources)

@@ -33,17 +33,21 @@ class DeviceKind:
     precisions: frozenset[str]
     """Settings of ``mixed_precision`` in which the device computes natively or by emulation in torch."""
     plugin: str | None = None
-    """Package that teaches torch this device, where torch itself does not."""
+    """Module that teaches torch this device, where torch itself does not."""
+    distribution: str | None = None
+    """What to install to have `plugin`, where that is named otherwise."""
+    seed_function: str = "manual_seed_all"
+    """Function of `module` that seeds the device's generators."""
     indexed: bool = True
     """Whether a node may hold several, so that each process takes the one of its local rank."""
 
     @property
     def module(self) -> ModuleType | None:
-        """``torch.<type>`` with its RNG and memory functions; ``None`` where there is none, as for the CPU."""
+        """Module with the RNG and memory functions, ``torch.<type>``; ``None`` where there is none, as for the CPU."""
         if self.type == "cpu":
             return None
         if self.type == "xla":
-            return importlib.import_module("torch_xla") if _installed("torch_xla") else None
+            return importlib.import_module("torch_xla.core.xla_model") if _installed("torch_xla") else None
         module: ModuleType | None = getattr(torch, self.type, None)
         return module
 
@@ -73,8 +77,11 @@ class DeviceKind:
         return default if found is None else found(*args)
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it is missing
+        return False
 
 
 _ALL = frozenset({"no", "fp16", "bf16"})
@@ -85,16 +92,32 @@ DEVICES: dict[str, DeviceKind] = {
     for kind in (
         DeviceKind(type="cuda", label="GPU", backend="cpu:gloo,cuda:nccl", precisions=_ALL),
         DeviceKind(type="xpu", label="XPU", backend="cpu:gloo,xpu:xccl", precisions=_ALL),
-        DeviceKind(type="mps", label="MPS", backend="gloo", precisions=_ALL, indexed=False),
+        DeviceKind(
+            type="mps", label="MPS", backend="gloo", precisions=_ALL, indexed=False, seed_function="manual_seed"
+        ),
         DeviceKind(type="npu", label="NPU", backend="cpu:gloo,npu:hccl", precisions=_ALL, plugin="torch_npu"),
-        DeviceKind(type="hpu", label="HPU", backend="cpu:gloo,hpu:hccl", precisions=_BF16, plugin="habana_frameworks"),
+        DeviceKind(
+            type="hpu",
+            label="HPU",
+            backend="cpu:gloo,hpu:hccl",
+            precisions=_BF16,
+            plugin="habana_frameworks.torch",
+            distribution="habana-torch-plugin",
+        ),
         DeviceKind(type="mlu", label="MLU", backend="cpu:gloo,mlu:cncl", precisions=_ALL, plugin="torch_mlu"),
         DeviceKind(type="musa", label="MUSA", backend="cpu:gloo,musa:mccl", precisions=_ALL, plugin="torch_musa"),
         DeviceKind(type="sdaa", label="SDAA", backend="cpu:gloo,sdaa:tccl", precisions=_ALL, plugin="torch_sdaa"),
         DeviceKind(
             type="neuron", label="NEURON", backend="cpu:gloo,neuron:neuron", precisions=_BF16, plugin="torch_neuronx"
         ),
-        DeviceKind(type="xla", label="XLA", backend="xla", precisions=_BF16, plugin="torch_xla"),
+        DeviceKind(
+            type="xla",
+            label="XLA",
+            backend="xla",
+            precisions=_BF16,
+            plugin="torch_xla",
+            seed_function="set_rng_state",
+        ),
         DeviceKind(type="cpu", label="CPU", backend="gloo", precisions=_ALL, indexed=False),
     )
 }
@@ -120,7 +143,9 @@ def available_kind() -> DeviceKind:
     return next(kind for kind in DEVICES.values() if kind.is_available())
 
 
-def select_device(name: str | None, *, local_rank: int = 0, local_world_size: int = 1) -> tuple[DeviceKind, torch.device]:
+def select_device(
+    name: str | None, *, local_rank: int = 0, local_world_size: int = 1
+) -> tuple[DeviceKind, torch.device]:
     """The device of this process, and its row.
 
     Args:
@@ -135,7 +160,7 @@ def select_device(name: str | None, *, local_rank: int = 0, local_world_size: in
     kind = available_kind() if name is None else device_kind(name)
     if not kind.is_available():
         if kind.plugin is not None and not _installed(kind.plugin):
-            raise MissingDependencyError(kind.plugin, purpose=f"`device={name!r}`")
+            raise MissingDependencyError(kind.distribution or kind.plugin, purpose=f"`device={name!r}`")
         raise ConfigError(
             f"`device={name!r}` was asked for, but torch {torch.__version__} sees no such device in this process. "
             f"Check the driver and the installed torch, or use `device={available_kind().type!r}`, which is here."

@@ -87,7 +87,8 @@ def detect(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
     if "RANK" in values or "WORLD_SIZE" in values:
         return _standard(reader)
     for launcher, names in _MPI.items():
-        if names.rank in values and names.world_size in values:
+        # SLURM's own PMI plugin sets PMI_RANK too, but never the local rank that the MPIs give.
+        if names.rank in values and names.world_size in values and names.local_rank in values:
             return _mpi(reader, launcher, names)
     # A step id means `srun` started us; a plain batch script has SLURM_PROCID=0 and runs once.
     if "SLURM_PROCID" in values and values.get("SLURM_STEP_ID", "").isdigit():
@@ -102,7 +103,7 @@ class _Names:
     local_rank: str
     local_world_size: str
     job: tuple[str, ...]
-    """Variables that all ranks of one job share and two jobs do not."""
+    """Variables that all ranks of one job on one node share, those first that two jobs do not."""
 
 
 _MPI: dict[Launcher, _Names] = {
@@ -118,10 +119,10 @@ _MPI: dict[Launcher, _Names] = {
         "MV2_COMM_WORLD_SIZE",
         "MV2_COMM_WORLD_LOCAL_RANK",
         "MV2_COMM_WORLD_LOCAL_SIZE",
-        ("MPIRUN_ID", "PMI_ID"),
+        ("MPIRUN_ID",),
     ),
     Launcher.INTEL_MPI: _Names(
-        "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ("I_MPI_HYDRA_HOST_FILE", "PMI_PORT")
+        "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ("PMI_PORT", "I_MPI_HYDRA_HOST_FILE")
     ),
 }
 
@@ -187,11 +188,12 @@ def _mpi(reader: _Reader, launcher: Launcher, names: _Names) -> ProcessEnvironme
         launcher=launcher,
         rank=rank,
         world_size=world_size,
-        local_rank=reader.integer(names.local_rank, rank % local_world_size),
+        local_rank=reader.integer(names.local_rank),
         local_world_size=local_world_size,
-        node_rank=rank // local_world_size,
+        node_rank=rank // max(1, local_world_size),
+        # Which host rank 0 has is not said, nor is there a variable that is sure to be alike on all nodes.
         master_addr=reader.values.get("MASTER_ADDR", "127.0.0.1" if one_node else None),
-        master_port=reader.port(_job_port(job)),
+        master_port=reader.port(_job_port(job) if one_node else None),
         run_config=reader.run_config,
     )
 

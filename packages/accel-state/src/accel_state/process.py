@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from accel_state.device import DeviceKind, select_device
 from accel_state.env import ProcessEnvironment, detect
 from accel_state.errors import ConfigError
 from accel_state.topology import MeshShape, Topology
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["DistributedType", "Process", "ProcessSettings"]
 
@@ -59,7 +63,7 @@ class Process:
 
     Open it once; `Process.current()` finds it afterwards. It is a context manager too::
 
-        with Process.open(device="cpu") as process:
+        with Process.open(ProcessSettings(device="cpu")) as process:
             print(process.topology.rank, process.device)
 
     A world of one process has no process group, and collectives are then the identity.
@@ -82,7 +86,7 @@ class Process:
         settings: ProcessSettings | None = None,
         *,
         environment: ProcessEnvironment | None = None,
-        store: dist.Store | None = None,
+        store: Store | None = None,
     ) -> Process:
         """Join the world. Every rank must call this; it returns when all have.
 
@@ -158,7 +162,8 @@ class Process:
 
     def __repr__(self) -> str:
         place = f"rank {self.topology.rank} of {self.topology.world_size}"
-        return f"Process({place}, {self.device}, {self.distributed_type.value}, launcher {self.environment.launcher.value})"
+        launcher = self.environment.launcher.value
+        return f"Process({place}, {self.device}, {self.distributed_type.value}, launcher {launcher})"
 
     def _refuse_other(self, settings: ProcessSettings) -> None:
         if settings == self.settings:
@@ -173,13 +178,13 @@ class Process:
             f"Give the same settings everywhere, or `close()` it first."
         )
 
-    def _join(self, store: dist.Store | None) -> None:
+    def _join(self, store: Store | None) -> None:
         world_size = self.topology.world_size
-        if dist.is_initialized():
-            self._adopt_group()
-            return
         if self.device.index is not None:
             self.kind.call("set_device", self.device)
+        if dist.is_available() and dist.is_initialized():
+            self._adopt_group()
+            return
         if world_size == 1:
             return
         timeout = timedelta(seconds=self.settings.timeout_s)
@@ -203,7 +208,7 @@ class Process:
                 f"Start the script with `accel launch` or torchrun, or do not call `init_process_group` yourself."
             )
 
-    def _open_store(self, timeout: timedelta) -> dist.Store:
+    def _open_store(self, timeout: timedelta) -> Store:
         environment = self.environment
         if environment.master_addr is None or environment.master_port is None:
             raise ConfigError(
@@ -214,7 +219,7 @@ class Process:
             )
         serves = self.topology.rank == 0 and not environment.agent_store
         try:
-            store = dist.TCPStore(
+            store = dist.TCPStore(  # type: ignore[attr-defined] # public by its documentation, not by __all__
                 environment.master_addr,
                 environment.master_port,
                 self.topology.world_size,
@@ -233,7 +238,7 @@ class Process:
                 f"{remedy}, or start with `accel launch`, which finds one."
             ) from error
         # A prefix, so that keys of ours and of a launcher's that shares the store never meet.
-        return dist.PrefixStore(f"accel/{environment.attempt}", store)
+        return dist.PrefixStore(f"accel/{environment.attempt}", store)  # type: ignore[attr-defined] # as above
 
 
 _current: Process | None = None

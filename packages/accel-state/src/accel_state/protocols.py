@@ -88,14 +88,18 @@ class StatefulLoader(Protocol[T_co]):
     @property
     def epoch(self) -> int:
         """The epoch in progress, or the next one where none is."""
+
     @property
     def batch_info(self) -> BatchInfo | None:
         """The batch handed out last in the iteration in progress; ``None`` outside one."""
+
     def __iter__(self) -> Iterator[T_co]: ...
     def __len__(self) -> int:
         """Batches a rank receives in a whole epoch."""
+
     def state_dict(self, *, rewind: int = 0) -> dict[str, Any]:
         """JSON values only. `rewind` batches before the cursor, for a window that is not finished."""
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
     def skip_first(self, num_batches: int) -> StatefulLoader[T_co]:
         """A loader over the same data whose next iteration leaves the first batches of the epoch out."""
@@ -109,15 +113,19 @@ class LossScaler(Protocol):
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss` times the current scale, differentiable."""
+
     def unscale_(self, optimizer: torch.optim.Optimizer, gradients: Iterable[torch.Tensor]) -> None:
         """Divide `gradients`, those of `optimizer`, by the scale in place and note whether any is not finite.
 
         A second call before `step` does nothing, so clipping and stepping may both ask for it.
         """
+
     def step(self, optimizer: torch.optim.Optimizer, step: Callable[[], Any]) -> bool:
         """Call `step` unless `unscale_` found a gradient that is not finite. Returns whether it was called."""
+
     def update(self) -> None:
         """Adapt the scale to what happened since the last call. Only between accumulation windows."""
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
@@ -137,10 +145,13 @@ class Precision(Protocol):
         Raises:
             ConfigError: for example float16 parameters under float16 loss scaling.
         """
+
     def forward_context(self) -> AbstractContextManager[Any]:
         """The context in which a forward pass runs."""
+
     def wrap_forward(self, model: torch.nn.Module) -> torch.nn.Module:
         """Let `model` run its forward in that context. Done once; returns the same module."""
+
     def unwrap_forward(self, model: torch.nn.Module) -> torch.nn.Module:
         """Undo `wrap_forward`; does nothing to a model that was not wrapped."""
 
@@ -154,6 +165,7 @@ class Tracker(Protocol):
 
     def start(self, run: str, *, config: Mapping[str, Any]) -> None:
         """Begin a run called `run` with these hyperparameters. Called once, before anything is logged."""
+
     def log(self, values: Mapping[str, Any], *, step: int | None) -> None: ...
     def finish(self) -> None:
         """Write out whatever is held back. Called once, also when training failed."""

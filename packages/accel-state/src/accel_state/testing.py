@@ -22,13 +22,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from accel_state.env import Launcher, ProcessEnvironment
 from accel_state.process import Process, ProcessSettings
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["RankError", "run_ranks"]
 
@@ -77,7 +80,13 @@ def run_ranks(
         raise ValueError(f"`{function.__qualname__}` is defined inside a function: each rank loads it from its file.")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.nn.parallel", "accel_state.testing"])
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
+    store = (
+        dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
+        if world_size > 1
+        else None
+    )
     per_node = world_size // nodes
     if settings is None and open_process:
         settings = ProcessSettings(device="cpu", timeout_s=timeout_s)
@@ -197,9 +206,9 @@ def _run(task: _Task, sender: multiprocessing.connection.Connection) -> None:
 def _call(task: _Task) -> Any:
     environment = task.environment
     _Here.environment = environment
-    store: dist.Store | None = None
+    store: Store | None = None
     if environment.world_size > 1 and environment.master_port is not None and task.settings is not None:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1",
             environment.master_port,
             is_master=False,
@@ -216,7 +225,8 @@ def _call(task: _Task) -> Any:
 def _load(path: str, name: str) -> Callable[..., Any]:
     module_name = f"_ranks_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     sys.path.insert(0, str(Path(path).parent))
