@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "AccelError",
+    "BatchSizeError",
     "CheckpointError",
     "CollectiveError",
     "ConfigError",
@@ -43,3 +44,16 @@ class MissingDependencyError(AccelError, ImportError):
         line = install or f"pip install {package}"
         super().__init__(f"`{package}` is needed for {purpose}, but it is not installed here. Install it: {line}")
         self.package = package
+
+
+class BatchSizeError(AccelError, RuntimeError):
+    """No batch size fits into memory.
+
+    Args:
+        message: all three parts.
+        tried: the sizes that failed, in order.
+    """
+
+    def __init__(self, message: str, *, tried: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.tried = tried
