@@ -73,7 +73,7 @@ class Module:
         self.is_package = path.name == "__init__.py"
 
     def imports(self, known: frozenset[str]) -> list[Import]:
-        """Every import of the file. ``from package import name`` means the module ``package.name`` where there is one."""
+        """Every import of the file. ``from package import name`` is the module ``package.name`` where there is one."""
         found: list[Import] = []
         for node, lazy in _walk(self.tree, lazy=False):
             if isinstance(node, ast.Import):
@@ -136,7 +136,7 @@ def _graph(modules: dict[str, Module], *, lazy: bool) -> dict[str, dict[str, int
     known = frozenset(modules)
     graph: dict[str, dict[str, int]] = {}
     for module in modules.values():
-        edges = {}
+        edges: dict[str, int] = {}
         for each in module.imports(known):
             if each.target in known and each.target != module.name and (lazy or not each.lazy):
                 if module.is_package and each.lazy:
@@ -249,7 +249,8 @@ def _environment(module: Module) -> Iterator[Violation]:
         elif isinstance(node, ast.ImportFrom) and node.module == "os":
             name = next((alias.name for alias in node.names if alias.name in ENVIRONMENT_FUNCTIONS), "")
         if name in ENVIRONMENT_FUNCTIONS:
-            yield module.violation(node, "environment", f"`os.{name}`: only {ENVIRONMENT_OWNER} touches the environment")
+            message = f"`os.{name}`: only {ENVIRONMENT_OWNER} touches the environment"
+            yield module.violation(node, "environment", message)
 
 
 def _pickle(module: Module) -> Iterator[Violation]:

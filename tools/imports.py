@@ -34,13 +34,19 @@ def deptry_command(package: Package) -> list[str]:
 
 def _deptry(package: Package) -> tuple[str, int, str]:
     done = subprocess.run(
-        deptry_command(package), cwd=package.folder, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+        deptry_command(package),
+        cwd=package.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
     )
     return package.name, done.returncode, done.stdout + done.stderr
 
 
 def _import_linter() -> int:
-    command = [str(Path(sys.executable).with_name("lint-imports")), "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+    program = str(Path(sys.executable).with_name("lint-imports"))
+    command = [program, "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
     return subprocess.run(command, cwd=ROOT, timeout=120, stdin=subprocess.DEVNULL).returncode
 
 
