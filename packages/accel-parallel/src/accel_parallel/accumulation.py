@@ -217,7 +217,8 @@ class Accumulation:
         divisors = {window.divisor for window in self._active}
         if len(divisors) > 1:
             raise ConfigError(
-                f"This backward reaches optimizers whose windows are divided by {sorted(divisors)} micro-batches, and one "
+                f"This backward reaches optimizers whose windows are divided by {sorted(divisors)} micro-batches, "
+                "and one "
                 f"loss has one divisor. Call `accumulate(model)` for each model, with a `backward` of its own inside."
             )
         return divisors.pop()
@@ -238,7 +239,8 @@ class Accumulation:
         references = [window.add_items(num_items, self._reference) for window in self._active]
         if any(reference is not references[0] for reference in references):
             raise ConfigError(
-                f"This backward reaches {len(references)} optimizers whose windows began at different micro-batches, and "
+                f"This backward reaches {len(references)} optimizers whose windows began at different micro-batches, "
+                "and "
                 f"one loss has one scale. Call `accumulate(model)` for each model, with a `backward` of its own inside."
             )
         return loss * (ranks / references[0])
@@ -279,7 +281,8 @@ def _as_count(num_items: int | float | torch.Tensor, loss: torch.Tensor) -> torc
         count = torch.tensor(num_items, device=loss.device)
     if count.dim() != 0:
         raise ConfigError(
-            f"`num_items` has shape {tuple(count.shape)}, but one loss has one count. Pass a number or a scalar tensor, "
+            f"`num_items` has shape {tuple(count.shape)}, but one loss has one count. Pass a number or a scalar "
+            "tensor, "
             f"such as `(labels != -100).sum()`."
         )
     # float64 counts exactly up to 2**53 items; a device without it counts up to 2**24.

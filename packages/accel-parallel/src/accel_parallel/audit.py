@@ -27,7 +27,8 @@ def audit_model(model: nn.Module, *, name: str, prepared: Iterable[nn.Module]) -
     for key, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ConfigError(
-                f"`{key}` of {name} ({type(model).__name__}) is on the meta device: it has a shape and no values to train. "
+                f"`{key}` of {name} ({type(model).__name__}) is on the meta device: it has a shape and no values to "
+                "train. "
                 f"Load its weights first, for example with `load_state_dict(..., assign=True)`."
             )
 
@@ -47,7 +48,8 @@ def audit_optimizer(
         first = tuple(strangers[0].shape)
         raise ConfigError(
             f"{name} ({type(optimizer).__name__}) holds {len(strangers)} of {len(parameters)} parameters, the first of "
-            f"shape {first}, that belong to no prepared model: their gradients would never be averaged, and if the model "
+            f"shape {first}, that belong to no prepared model: their gradients would never be averaged, and if the "
+            "model "
             f"was replaced after the optimizer was made, it would never learn. "
             f"Make the optimizer from the parameters of the model that you prepare, and prepare both together."
         )

@@ -33,7 +33,7 @@ class PreparedOptimizer(Optimizer):
         self._scaler = scaler
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -86,7 +86,8 @@ class PreparedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the window, the audit and the wrapped model know the parameters of ``prepare`` only."""
         raise ConfigError(
-            f"A parameter group with {len(list(param_group.get('params', ())))} entries was added after `prepare`, which "
+            f"A parameter group with {len(list(param_group.get('params', ())))} entries was added after `prepare`, "
+            "which "
             f"bound this optimizer's parameters to its models. Add it before `prepare`."
         )
 

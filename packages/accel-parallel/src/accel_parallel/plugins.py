@@ -62,7 +62,8 @@ class DistributedDataParallelKwargs:
             )
         if self.comm_state_option and self.comm_hook not in powers:
             raise ConfigError(
-                f"`comm_state_option={self.comm_state_option}` has no effect with `comm_hook={self.comm_hook.value!r}`, "
+                f"`comm_state_option={self.comm_state_option}` has no effect with "
+                f"`comm_hook={self.comm_hook.value!r}`, "
                 f"which keeps no state. Leave it out, or set `comm_hook` to power_sgd or batched_power_sgd."
             )
 

@@ -51,7 +51,7 @@ class SingleStrategy:
         return bundle
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
-        loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+        loss.backward(**kwargs)  # type: ignore[no-untyped-call, unused-ignore]
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -83,23 +83,21 @@ class SingleStrategy:
         for name, tensor in state.items():
             if tensor.shape != present[name].shape:
                 raise CheckpointError(
-                    f"`{name}` has shape {tuple(tensor.shape)} in the checkpoint and {tuple(present[name].shape)} in the "
+                    f"`{name}` has shape {tuple(tensor.shape)} in the checkpoint and {tuple(present[name].shape)} in "
+                    "the "
                     f"model, so it cannot be copied. Build the model as it was when the checkpoint was written."
                 )
             if tensor.dtype != present[name].dtype:
                 raise CheckpointError(
-                    f"`{name}` is {tensor.dtype} in the checkpoint and {present[name].dtype} in the model; copying would "
+                    f"`{name}` is {tensor.dtype} in the checkpoint and {present[name].dtype} in the model; copying "
+                    "would "
                     f"round it without a word. Build the model in {tensor.dtype}."
                 )
         inner.load_state_dict(dict(state), strict=True)
 
     def optimizer_state(self, optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> OptimizerState:
         groups = [
-            {
-                **{key: value for key, value in group.items() if key != "params"},
-                "params": [names[p] for p in group["params"]],
-            }
-            for group in optimizer.param_groups
+            {**group, "params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups
         ]
         state = {names[parameter]: dict(entries) for parameter, entries in optimizer.state.items()}
         return OptimizerState(state=state, groups=groups)

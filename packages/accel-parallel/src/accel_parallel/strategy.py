@@ -54,7 +54,7 @@ class Strategy(Protocol):
     """How models, their gradients and their optimizers are spread over the processes.
 
     The `Accelerator` calls it, never branching on which one it is. ``prepare``, the state functions and
-    ``clip_grad_norm_`` are called by every rank, in the same order; so is ``backward`` while gradients are synchronised.
+    ``clip_grad_norm_`` are called by every rank, in the same order; so is ``backward`` while gradients are exchanged.
     """
 
     name: str

@@ -67,7 +67,8 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, (set, frozenset)):
         return {"$set": [_encode(member, path, tensors) for member in sorted(value)]}
     raise CheckpointError(
-        f"`{path}` is a {type(value).__module__}.{type(value).__qualname__}, and a checkpoint holds JSON values and tensors "
+        f"`{path}` is a {type(value).__module__}.{type(value).__qualname__}, and a checkpoint holds JSON values and "
+        "tensors "
         f"only, never pickled objects. Let `state_dict()` return numbers, strings, lists, dicts or tensors there."
     )
 

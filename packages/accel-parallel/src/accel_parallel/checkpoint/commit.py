@@ -57,7 +57,8 @@ def save_checkpoint(final: Path, items: Sequence[Item], *, process: Process, ste
             shutil.rmtree(temporary, ignore_errors=True)
         process.barrier()
         raise CheckpointError(
-            f"The checkpoint `{final}` could not be written ({'; '.join(failures)}), and nothing of it was kept; earlier "
+            f"The checkpoint `{final}` could not be written ({'; '.join(failures)}), and nothing of it was kept; "
+            "earlier "
             f"ones are untouched. Make room or choose another `project_dir`, then save again."
         )
     _on_main(process, lambda: _finish(temporary, final, _merge(answers), process, step, strategy))
@@ -182,10 +183,11 @@ def _host() -> str:
 
 
 def _versions() -> Mapping[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout by PYTHONPATH, or the leaf alone
-            continue
-    return found
+    return {name: found for name in _LIBRARIES if (found := _version(name)) is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a checkout by PYTHONPATH, or the leaf alone
+        return None

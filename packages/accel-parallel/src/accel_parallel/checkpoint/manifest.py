@@ -78,7 +78,8 @@ class Manifest:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(
-                f"`{folder}` holds no `{MANIFEST_NAME}`, so it is no complete checkpoint: a save ends by writing that file. "
+                f"`{folder}` holds no `{MANIFEST_NAME}`, so it is no complete checkpoint: a save ends by writing "
+                "that file. "
                 f"Name another folder, or call `load_state()` without one for the latest complete checkpoint."
             ) from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -146,5 +147,6 @@ class Manifest:
             else:
                 continue
             raise CheckpointError(
-                f"`{name}` of `{item}` in `{folder}` {problem}, so `{item}` cannot be restored. Load another checkpoint."
+                f"`{name}` of `{item}` in `{folder}` {problem}, so `{item}` cannot be restored. Load another "
+                "checkpoint."
             )
