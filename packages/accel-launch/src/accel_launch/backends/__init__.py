@@ -1,0 +1,1 @@
+"""Ways to start what is planned, one file each."""
