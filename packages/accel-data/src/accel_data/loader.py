@@ -1,0 +1,275 @@
+"""A loader that gives this rank its part of every global batch, and knows its place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from accel_data.epoch import EpochRun
+from accel_data.position import Position, read_position, write_position
+from accel_data.source import Source
+from accel_state.errors import ConfigError
+from accel_state.protocols import BatchInfo, LoaderObserver
+
+__all__ = ["ShardedLoader"]
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Where a loader stands; shared with the loaders that `skip_first` gave."""
+
+    position: Position
+    """Where the next iteration starts, while none is in progress."""
+    run: EpochRun | None = None
+    """The iteration in progress; of several, the one that was started last."""
+    finished: EpochRun | None = None
+    """The last iteration if it came to its end, and nothing was set or started since."""
+
+
+class ShardedLoader:
+    """A sharded ``DataLoader``: this rank's part of every global batch, in an order that all ranks share.
+
+    Made by `prepare_data_loader`. Attributes that are not listed here are those of the user's loader.
+
+    Place and epochs: iterating finishes the epoch in progress from its cursor, and then the next epoch is next.
+    The cursor counts batches that were handed out; what workers have prefetched does not count.
+
+    - A state saved in the body of the last batch resumes as an empty rest of that epoch.
+    - ``break`` gives the epoch up, as with any DataLoader: the next iteration is that of the next epoch, from its
+      beginning, and so says a state that is saved in between. To go on in the middle, save inside the loop.
+    - An error in loading (not in the loop's body) leaves the cursor where it was, so that batch is tried again.
+    - Of two iterators alive at once, as in nested loops, each keeps to its own epoch and cursor; the second one
+      takes the next epoch. `epoch`, `batch_info` and `state_dict` speak of the one that was started last.
+      With persistent workers, which serve one iterator only, going on with the first one raises.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        user_loader: DataLoader[Any],
+        inner: DataLoader[Any],
+        seed: int,
+        device: torch.device | None,
+        non_blocking: bool,
+        data_world_size: int,
+        name: str,
+    ) -> None:
+        """Called by `prepare_data_loader` only."""
+        self.observer: LoaderObserver | None = None
+        """Told of every start, batch and end, if set. Looked at when an iteration starts."""
+        self.user_loader = user_loader
+        """The loader that this one was made of."""
+        self.device = device
+        """Where batches are moved to; ``None`` leaves them where they were collated."""
+        self.name = name
+        self._source = source
+        self._inner = inner
+        self._non_blocking = non_blocking
+        self._data_world_size = data_world_size
+        self._progress = _Progress(Position(seed=seed))
+        self._skip = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "user_loader" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.user_loader, name)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in progress, or the next one where none is."""
+        run = self._progress.run
+        return self._progress.position.epoch if run is None else run.start.epoch
+
+    @property
+    def batch_info(self) -> BatchInfo | None:
+        """The batch handed out last in the iteration in progress; ``None`` outside one."""
+        run = self._progress.run
+        return None if run is None else run.info()
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order; part of the state."""
+        return self._progress.position.seed
+
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset."""
+        return self.user_loader.dataset
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of this rank in a full batch; ``None`` for a batch sampler that does not say."""
+        return self._source.batch_size
+
+    @property
+    def total_batch_size(self) -> int | None:
+        """Samples of a full global batch; ``None`` for a batch sampler that does not say its batch size."""
+        size = self._source.batch_size
+        return None if size is None else size * self._data_world_size
+
+    @property
+    def total_dataset_length(self) -> int | None:
+        """Samples of an epoch over all ranks; ``None`` for an iterable that does not say."""
+        return self._source.num_samples()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the next one, from its beginning. Keeps the cursor if that epoch is in progress already.
+
+        Raises:
+            ConfigError: if it is no number of an epoch.
+        """
+        if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+            raise ConfigError(
+                f"`set_epoch({epoch!r})` was called on the {self.name}, and epochs are counted from 0. "
+                f"Give an integer of at least 0."
+            )
+        if epoch != self.epoch:
+            self._move(Position(seed=self.seed, epoch=epoch))
+
+    def __len__(self) -> int:
+        """Batches this rank receives in a whole epoch.
+
+        Raises:
+            TypeError: for an iterable dataset without a length, as any DataLoader does.
+        """
+        num = self._source.num_local_batches()
+        if num is None:
+            raise TypeError(
+                f"The dataset of the {self.name} is an iterable without `__len__`, so its batches cannot be counted. "
+                f"Give the dataset a `__len__`, or iterate without asking for the length."
+            )
+        return num
+
+    def __iter__(self) -> Iterator[Any]:
+        """This rank's batches of the rest of the epoch. Every rank must iterate where the order is a sampler's."""
+        run = self._begin()
+        observer, progress, shared = self.observer, self._progress, self._inner.persistent_workers
+        mover = self._mover()
+        gave_up = True
+        try:
+            if observer is not None:
+                observer.loader_started(self)
+            batches = iter(run.batches())
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    break
+                except BaseException:
+                    self._stop(run, run.position(0))
+                    raise
+                run.advance()
+                if mover is not None:
+                    batch = mover(batch)
+                if observer is not None:
+                    info = run.info()
+                    assert info is not None
+                    observer.batch_delivered(self, info)
+                yield batch
+                if shared and progress.run is not run:
+                    raise self._overtaken()
+            gave_up = False
+        finally:
+            self._stop(run, run.start.next_epoch(), finished=not gave_up)
+            if observer is not None:
+                observer.loader_ended(self)
+
+    def state_dict(self, *, rewind: int = 0) -> dict[str, Any]:
+        """The place as JSON values, the same on all ranks.
+
+        Args:
+            rewind: batches to go back from the cursor, for a window of accumulation that is not finished. They
+                must have been handed out by this object, in this epoch or the one that was finished before.
+
+        Raises:
+            ConfigError: if there were not as many.
+        """
+        progress = self._progress
+        runs = [each for each in (progress.run, progress.finished) if each is not None]
+        position: Position | None = progress.position if rewind == 0 and progress.run is None else None
+        left = rewind
+        for run in runs if position is None else ():
+            position = run.position(left) if left or run is progress.run else None
+            if position is not None:
+                break
+            left -= run.num_done()
+        if position is None:
+            raise ConfigError(
+                f"`state_dict(rewind={rewind})` was called on the {self.name}, which has handed out "
+                f"{rewind - left} batches since it was made, loaded or moved: there is no place further back. "
+                f"Give a number of batches that were handed out."
+            )
+        return write_position(position, self._source.key())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Stand where `state_dict` was taken; the next iteration goes on from there. Takes over its seed.
+
+        Raises:
+            ConfigError: if the state is of other data.
+        """
+        self._move(read_position(state_dict, self._source.key(), name=self.name))
+
+    def skip_first(self, num_batches: int) -> ShardedLoader:
+        """A loader over the same data whose next iteration leaves the first batches of the epoch out.
+
+        It shares its place with this one: once it is through, the next epoch is next for both. Where the epoch
+        stands past `num_batches` already, because a state was loaded, nothing more is left out.
+
+        Raises:
+            ConfigError: if `num_batches` is no count.
+        """
+        if not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 0:
+            raise ConfigError(
+                f"`num_batches={num_batches!r}` was given to skip in the {self.name}, which is no number of batches. "
+                f"Give an integer of at least 0."
+            )
+        view = copy.copy(self)
+        view._skip = num_batches
+        return view
+
+    def __repr__(self) -> str:
+        return f"ShardedLoader({self.name}, epoch {self.epoch}, batch size {self.batch_size} x {self._data_world_size})"
+
+    def _begin(self) -> EpochRun:
+        progress = self._progress
+        # The iterator that was in progress goes on by itself, but the place is that of the newest.
+        position = progress.position if progress.run is None else progress.run.start.next_epoch()
+        if self._skip:
+            position, self._skip = self._source.skipped(position, self._skip), 0
+        previous = progress.finished if progress.run is None else None
+        run = self._source.begin(position)
+        progress.run, progress.finished = run, previous
+        return run
+
+    def _stop(self, run: EpochRun, position: Position | None, *, finished: bool = False) -> None:
+        progress = self._progress
+        if progress.run is not run or position is None:
+            return
+        progress.run, progress.position = None, position
+        progress.finished = run if finished else None
+
+    def _move(self, position: Position) -> None:
+        progress = self._progress
+        progress.run, progress.finished, progress.position = None, None, position
+
+    def _mover(self) -> Any:
+        """What moves a batch to the device, or nothing where it is there already."""
+        if self.device is None or self.device.type == "cpu":
+            return None
+        from accel_state.tree import send_to_device
+
+        device, non_blocking = self.device, self._non_blocking
+        return lambda batch: send_to_device(batch, device, non_blocking=non_blocking)
+
+    def _overtaken(self) -> ConfigError:
+        return ConfigError(
+            f"The {self.name} was iterated again while an iteration of it was in progress, and with "
+            f"`persistent_workers=True` its workers serve one iterator only: the first one has lost its batches. "
+            f"Set `persistent_workers=False`, or use a second loader for the inner loop."
+        )
