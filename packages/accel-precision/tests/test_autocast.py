@@ -6,16 +6,18 @@ import copy
 import inspect
 import pickle
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from accel_state.dtypes import DTypePolicy
 from torch import nn
 
 from accel_precision import AutocastKwargs, FullPrecision, MixedPrecision, precision
+from accel_state.dtypes import DTypePolicy
 from accel_state.errors import ConfigError
 from accel_state.protocols import Precision
+from accel_state.tree import tensor_leaves
 
 CPU = torch.device("cpu")
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +33,14 @@ class Model(nn.Module):
         """Adds."""
         hidden = self.linear(inputs)
         self.seen.append(hidden.dtype)
-        return {"hidden": hidden * extra, "double": hidden.double(), "index": torch.tensor([1]), "n": extra}
+        other = hidden.to(torch.float16 if hidden.dtype is torch.bfloat16 else torch.bfloat16)
+        return {
+            "hidden": hidden * extra,
+            "other": other,
+            "double": hidden.double(),
+            "index": torch.tensor([1]),
+            "n": extra,
+        }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,6 +52,7 @@ def test_forward_computes_in_the_dtype_and_returns_float32(name: str) -> None:
     assert model.seen == [NAMES[name]]
     assert outputs["hidden"].dtype is torch.float32
     assert outputs["double"].dtype is torch.float64
+    assert outputs["other"].dtype in set(NAMES.values()) - {NAMES[name]}
     assert outputs["index"].dtype is torch.int64
     assert outputs["n"] == 2
     outputs["hidden"].sum().backward()
@@ -124,23 +134,41 @@ def test_a_pickled_model_arrives_unwrapped_and_whole() -> None:
     assert torch.equal(arrived(torch.ones(1, 2)), torch.full((1, 2), 1.001))
 
 
-def test_compile_takes_the_casts_along() -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
+@dataclass
+class Output:
+    logits: torch.Tensor
+    twice: torch.Tensor
 
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            return self.linear(inputs)  # type: ignore[no-any-return]
 
-    model = Plain()
-    precision("bf16", device=CPU).wrap_forward(model)
-    expected = model(torch.ones(4, 3))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    outputs = compiled(torch.ones(4, 3))
-    assert outputs.dtype is torch.float32
-    assert torch.equal(outputs, expected)
-    assert not torch.equal(outputs, model.linear(torch.ones(4, 3)))
+class Structured(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.kind = kind
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        logits = self.linear(inputs)
+        if self.kind is Output:
+            return Output(logits, logits * 2)
+        return {"logits": logits, "parts": [(logits * 2, 2)]} if self.kind is dict else logits
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, dict])
+def test_compile_takes_the_casts_along_in_one_graph(kind: type) -> None:
+    model = precision("bf16", device=CPU).wrap_forward(Structured(kind))
+    expected = tensor_leaves(model(torch.ones(4, 3)))
+    outputs = tensor_leaves(torch.compile(model, backend="eager", fullgraph=True)(torch.ones(4, 3)))
+    assert [each.dtype for each in outputs] == [torch.float32] * len(expected)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, expected, strict=True))
+    assert torch.equal(outputs[0], outputs[0].bfloat16().float())
+
+
+def test_compile_of_a_model_with_outputs_of_its_own_kind() -> None:
+    model = precision("bf16", device=CPU).wrap_forward(Structured(Output))
+    outputs = torch.compile(model, backend="eager")(torch.ones(4, 3))
+    assert isinstance(outputs, Output)
+    assert outputs.logits.dtype is outputs.twice.dtype is torch.float32
+    assert torch.equal(outputs.logits, outputs.logits.bfloat16().float())
 
 
 def test_a_compiled_model_can_be_wrapped_too() -> None:
@@ -206,6 +234,11 @@ def test_float16_parameters_are_refused_by_name() -> None:
     precision("bf16", device=CPU).check(model)
     model.requires_grad_(False)
     fp16.check(model)
+
+
+def test_outputs_stay_where_the_policy_names_no_dtype_for_them() -> None:
+    bare = MixedPrecision(DTypePolicy(compute_dtype=torch.bfloat16), name="bf16", device=CPU)
+    assert bare.wrap_forward(nn.Linear(2, 2))(torch.ones(1, 2)).dtype is torch.bfloat16
 
 
 def test_a_device_without_autocast_is_refused() -> None:

@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accel_state.dtypes import DTypePolicy
-from accel_state.tree import convert_to_fp32
 
 from accel_precision.scaler import NoScaler
 from accel_precision.settings import AutocastKwargs
+from accel_state.dtypes import DTypePolicy
 from accel_state.errors import ConfigError
 from accel_state.protocols import LossScaler
+from accel_state.tree import map_tensors
 
 __all__ = ["FullPrecision", "MixedPrecision"]
 
@@ -135,7 +135,7 @@ class MixedPrecision:
         return self._autocast()
 
     def wrap_forward(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Give `model` a `forward` of its own that computes in autocast and returns float32.
+        """Give `model` a `forward` of its own that computes in autocast and returns the policy's ``output_dtype``.
 
         The module object, its class, its ``state_dict`` keys and the signature of its ``forward`` stay. A deep copy is
         wrapped too and runs the copy. Wrap before ``torch.compile``, so that the casts are compiled too. Wrapping again
@@ -163,8 +163,25 @@ class MixedPrecision:
         return model
 
     def cast_outputs(self, outputs: Any) -> Any:
-        """`outputs`, in which tensors of the ``compute_dtype`` have become those of the ``output_dtype``."""
-        return convert_to_fp32(outputs)
+        """`outputs` with tensors of the policy's ``compute_dtype`` in its ``output_dtype``; others stay."""
+        computed, wanted = self.policy.compute_dtype, self.policy.output_dtype
+        if computed is None or wanted is None:
+            return outputs
+        return _cast(outputs, computed, wanted)
+
+
+def _cast(tree: Any, computed: torch.dtype, wanted: torch.dtype) -> Any:
+    """As `map_tensors`, but plain containers are rebuilt in a way that torch.compile traces in one graph."""
+    if isinstance(tree, torch.Tensor):
+        return tree.to(wanted) if tree.dtype == computed else tree
+    kind = type(tree)
+    if kind is dict:
+        return {key: _cast(each, computed, wanted) for key, each in tree.items()}
+    if kind is list:
+        return [_cast(each, computed, wanted) for each in tree]
+    if kind is tuple:
+        return tuple([_cast(each, computed, wanted) for each in tree])
+    return map_tensors(tree, lambda tensor: tensor.to(wanted) if tensor.dtype == computed else tensor)
 
 
 def _precision_of(model: torch.nn.Module) -> MixedPrecision | None:

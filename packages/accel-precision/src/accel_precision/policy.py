@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 
 import torch
-from accel_state.dtypes import DTypePolicy
 
 from accel_precision.autocast import FullPrecision, MixedPrecision
 from accel_precision.scaler import DynamicLossScaler, NoScaler
 from accel_precision.settings import AutocastKwargs, GradScalerKwargs
 from accel_state.config import did_you_mean
 from accel_state.device import DeviceKind, device_kind
+from accel_state.dtypes import DTYPE_OF_PRECISION, DTypePolicy
 from accel_state.errors import ConfigError
 from accel_state.protocols import LossScaler, Precision
 
 __all__ = ["precision"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_NAMES = ["no", *_DTYPES]
+_DTYPES: dict[str, torch.dtype | None] = {name: dtype for name, dtype in DTYPE_OF_PRECISION.items()}  # noqa: C416
+_NAMES = [*_DTYPES]
 
 _logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ def precision(
                 f"Leave it out, or use `mixed_precision='bf16'`."
             )
         return FullPrecision()
-    dtype = _DTYPES[chosen]
-    policy = DTypePolicy(param_dtype=torch.float32, compute_dtype=dtype, output_dtype=torch.float32)
+    policy = DTypePolicy(compute_dtype=_DTYPES[chosen], output_dtype=torch.float32)
     return MixedPrecision(policy, name=chosen, device=device, scaler=_scaler(chosen, device, scaler), autocast=autocast)
 
 
