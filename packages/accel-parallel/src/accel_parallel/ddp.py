@@ -21,14 +21,27 @@ from accel_state.process import Process
 
 __all__ = ["DDPStrategy"]
 
+_DDP_ARGUMENTS = (
+    "broadcast_buffers",
+    "bucket_cap_mb",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+)
+
 
 class DDPStrategy(SingleStrategy):
     """Wraps every model that has something to train in ``DistributedDataParallel``."""
 
     name = "ddp"
+    options_type = DistributedDataParallelKwargs
 
     def __init__(
-        self, process: Process, *, place: bool = True, options: DistributedDataParallelKwargs | None = None
+        self,
+        process: Process,
+        *,
+        place: bool = True,
+        options: DistributedDataParallelKwargs | None = None,
     ) -> None:
         super().__init__(process, place=place)
         if process.topology.world_size < 2:
@@ -62,14 +75,13 @@ class DDPStrategy(SingleStrategy):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model  # DDP refuses a model without gradients, and there is nothing to average
         device = self.process.device
+        # Only what differs from torch's own default is passed: some names are deprecated in newer versions.
+        given = {name: getattr(self.options, name) for name in _DDP_ARGUMENTS}
+        default = DistributedDataParallelKwargs()
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device] if device.index is not None else None,
-            broadcast_buffers=self.options.broadcast_buffers,
-            bucket_cap_mb=self.options.bucket_cap_mb,
-            find_unused_parameters=self.options.find_unused_parameters,
-            gradient_as_bucket_view=self.options.gradient_as_bucket_view,
-            static_graph=self.options.static_graph,
+            **{name: value for name, value in given.items() if value != getattr(default, name)},
         )
         self._register_hook(wrapped)
         return wrapped

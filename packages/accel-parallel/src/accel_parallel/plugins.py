@@ -34,7 +34,7 @@ class DDPCommunicationHookType(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedDataParallelKwargs:
-    """Options of ``torch.nn.parallel.DistributedDataParallel``. Refused in a world of one process where it has none."""
+    """Options of ``torch.nn.parallel.DistributedDataParallel``. Ignored in a world of one."""
 
     broadcast_buffers: bool = True
     """Whether rank 0's buffers replace everybody's at the start of each forward."""
@@ -70,7 +70,7 @@ class DistributedDataParallelKwargs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitProcessGroupKwargs:
-    """How the process group is opened. Without effect, and so refused, in a world of one process."""
+    """How the process group is opened. Ignored in a world of one process, which has none, so scripts run in any."""
 
     backend: str | None = None
     """Name of the ``torch.distributed`` backend; ``None``: the device's own."""

@@ -24,12 +24,14 @@ class SingleStrategy:
 
     name = "single"
     owns: frozenset[Duty] = frozenset()
+    options_type: type | None = None
 
-    def __init__(self, process: Process, *, place: bool = True) -> None:
+    def __init__(self, process: Process, *, place: bool = True, options: None = None) -> None:
         """
         Args:
             process: the open process, whose device is used.
             place: whether to move models to the device; without it they must be there already.
+            options: this strategy has none.
         """
         self.process = process
         self.place = place
@@ -67,7 +69,7 @@ class SingleStrategy:
 
     def step(self, optimizer: Optimizer, *, scaler: LossScaler, closure: Callable[[], Any] | None = None) -> bool:
         if not scaler.enabled:
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(closure)
             return True
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         scaler.unscale_(optimizer, gradients_of(parameters))

@@ -55,10 +55,13 @@ class Strategy(Protocol):
 
     The `Accelerator` calls it, never branching on which one it is. ``prepare``, the state functions and
     ``clip_grad_norm_`` are called by every rank, in the same order; so is ``backward`` while gradients are exchanged.
+    Made by ``cls(process, place=..., options=...)``.
     """
 
     name: str
     owns: frozenset[Duty]
+    options_type: type | None
+    """Class of the options that users may pass for it; its constructor takes an instance as ``options``."""
 
     @property
     def average_size(self) -> int:

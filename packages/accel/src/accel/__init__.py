@@ -1,7 +1,88 @@
-"""accel."""
+"""Run a raw PyTorch loop on any hardware and any kind of parallelism by changing five lines.
+
+Everything that the packages offer to users has its name here too. Names are imported when they are first used.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from accel._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from accel.accelerator import Accelerator as Accelerator
+    from accel.project import ProjectConfiguration as ProjectConfiguration
+    from accel_bigmodel import compute_module_sizes as compute_module_sizes
+    from accel_bigmodel import find_tied_parameters as find_tied_parameters
+    from accel_bigmodel import init_empty_weights as init_empty_weights
+    from accel_bigmodel import init_on_device as init_on_device
+    from accel_data import DataLoaderConfiguration as DataLoaderConfiguration
+    from accel_data import skip_first_batches as skip_first_batches
+    from accel_launch.notebook import debug_launcher as debug_launcher
+    from accel_launch.notebook import notebook_launcher as notebook_launcher
+    from accel_parallel import DDPCommunicationHookType as DDPCommunicationHookType
+    from accel_parallel import DistributedDataParallelKwargs as DistributedDataParallelKwargs
+    from accel_parallel import GradientAccumulationPlugin as GradientAccumulationPlugin
+    from accel_parallel import InitProcessGroupKwargs as InitProcessGroupKwargs
+    from accel_precision import AutocastKwargs as AutocastKwargs
+    from accel_precision import GradScalerKwargs as GradScalerKwargs
+    from accel_state.errors import AccelError as AccelError
+    from accel_state.errors import CheckpointError as CheckpointError
+    from accel_state.errors import CollectiveError as CollectiveError
+    from accel_state.errors import ConfigError as ConfigError
+    from accel_state.errors import MissingDependencyError as MissingDependencyError
+    from accel_state.logging import get_logger as get_logger
+    from accel_state.logging import tqdm as tqdm
+    from accel_state.memory import find_executable_batch_size as find_executable_batch_size
+    from accel_state.memory import release_memory as release_memory
+    from accel_state.process import DistributedType as DistributedType
+    from accel_state.process import Process as Process
+    from accel_state.rng import set_seed as set_seed
+    from accel_state.rng import synchronize_rng_states as synchronize_rng_states
+    from accel_track import GeneralTracker as GeneralTracker
+
+_HOME = {
+    "Accelerator": "accel.accelerator",
+    "ProjectConfiguration": "accel.project",
+    "compute_module_sizes": "accel_bigmodel",
+    "find_tied_parameters": "accel_bigmodel",
+    "init_empty_weights": "accel_bigmodel",
+    "init_on_device": "accel_bigmodel",
+    "DataLoaderConfiguration": "accel_data",
+    "skip_first_batches": "accel_data",
+    "debug_launcher": "accel_launch.notebook",
+    "notebook_launcher": "accel_launch.notebook",
+    "DDPCommunicationHookType": "accel_parallel",
+    "DistributedDataParallelKwargs": "accel_parallel",
+    "GradientAccumulationPlugin": "accel_parallel",
+    "InitProcessGroupKwargs": "accel_parallel",
+    "AutocastKwargs": "accel_precision",
+    "GradScalerKwargs": "accel_precision",
+    "AccelError": "accel_state.errors",
+    "CheckpointError": "accel_state.errors",
+    "CollectiveError": "accel_state.errors",
+    "ConfigError": "accel_state.errors",
+    "MissingDependencyError": "accel_state.errors",
+    "get_logger": "accel_state.logging",
+    "tqdm": "accel_state.logging",
+    "find_executable_batch_size": "accel_state.memory",
+    "release_memory": "accel_state.memory",
+    "DistributedType": "accel_state.process",
+    "Process": "accel_state.process",
+    "set_seed": "accel_state.rng",
+    "synchronize_rng_states": "accel_state.rng",
+    "GeneralTracker": "accel_track",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,464 @@
+"""The one class users meet: five changed lines make a raw PyTorch loop run anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from accel.engine import Engine
+from accel.loops import Loops
+from accel.metrics import gather_for_metrics
+from accel.process_view import ProcessView
+from accel.project import ProjectConfiguration
+from accel.resolve import resolve
+from accel.saving import LoadHook, SaveHook, Saving
+from accel.tracking import Tracking
+from accel_data.convert import DataLoaderConfiguration, prepare_data_loader
+from accel_parallel.plugins import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accel_parallel.select import select_strategy, strategy_class
+from accel_parallel.strategy import Strategy
+from accel_precision.policy import precision
+from accel_precision.settings import AutocastKwargs, GradScalerKwargs
+from accel_state.config import LaunchSettings, MixedPrecision, RunConfig
+from accel_state.env import detect
+from accel_state.errors import ConfigError
+from accel_state.memory import release_memory
+from accel_state.process import Process, ProcessSettings
+from accel_state.protocols import StatefulLoader, Tracker
+from accel_track import LogWith
+
+__all__ = ["Accelerator"]
+
+KwargsHandler = DistributedDataParallelKwargs | InitProcessGroupKwargs | GradScalerKwargs | AutocastKwargs
+
+
+class Accelerator(ProcessView):
+    """Runs a training loop on whatever it was launched on.
+
+    ::
+
+        accelerator = Accelerator()
+        model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+        for batch, labels in loader:
+            optimizer.zero_grad()
+            loss = loss_function(model(batch), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+    """
+
+    def __init__(
+        self,
+        *,
+        device_placement: bool = True,
+        mixed_precision: MixedPrecision | None = None,
+        gradient_accumulation_steps: int | None = None,
+        gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
+        cpu: bool = False,
+        dataloader_config: DataLoaderConfiguration | None = None,
+        project_dir: str | Path | None = None,
+        project_config: ProjectConfiguration | None = None,
+        log_with: LogWith = None,
+        step_scheduler_with_optimizer: bool = True,
+        kwargs_handlers: Sequence[KwargsHandler] = (),
+    ) -> None:
+        """Join the world and settle every setting. Every rank must call this.
+
+        A value given here wins over the launcher's flag, and that over the default; `explain` prints all of them.
+
+        Args:
+            device_placement: whether models and batches are moved to the process's device.
+            mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
+            gradient_accumulation_steps: micro-batches whose gradients make one optimizer step.
+            gradient_accumulation_plugin: the same with further options, instead of the number.
+            cpu: compute on the CPU although there is an accelerator.
+            dataloader_config: how prepared loaders are sharded.
+            project_dir: folder of checkpoints and metrics; short for a `project_config` with only that.
+            project_config: folders, and how checkpoints are named and kept.
+            log_with: names of trackers, trackers, or ``"all"``.
+            step_scheduler_with_optimizer: ``False`` lets every ``scheduler.step()`` through.
+            kwargs_handlers: options of the process group, DDP, autocast and the loss scaler, one of each at most.
+
+        Raises:
+            ConfigError: for a setting that cannot work, or would have no effect.
+        """
+        handlers = _by_type(kwargs_handlers)
+        if gradient_accumulation_plugin is not None and gradient_accumulation_steps is not None:
+            raise ConfigError(
+                f"`gradient_accumulation_steps={gradient_accumulation_steps}` and a `gradient_accumulation_plugin` "
+                "with "
+                f"`num_steps={gradient_accumulation_plugin.num_steps}` were both given. Give one of them."
+            )
+        plugin = gradient_accumulation_plugin
+        environment = Process.current().environment if Process.is_open() else detect()
+        group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
+        self.config: RunConfig = resolve(
+            {
+                "device": "cpu" if cpu else None,
+                "mixed_precision": mixed_precision,
+                "gradient_accumulation_steps": plugin.num_steps if plugin else gradient_accumulation_steps,
+                "backend": group.backend if group else None,
+                "timeout_s": group.timeout.total_seconds() if group and group.timeout else None,
+                "project_dir": None if project_dir is None else str(project_dir),
+            },
+            LaunchSettings.from_json(environment.run_config),
+        )
+        """Every setting, with its source."""
+        self.process = _open(self.config)
+        self.project_configuration = _project(project_config, self.config)
+        """Folders of this run."""
+        self._data = dataloader_config or DataLoaderConfiguration()
+        self._place = device_placement
+        self._follow = step_scheduler_with_optimizer
+        self._loops = Loops()
+        self._loaders: list[StatefulLoader[Any]] = []
+        self._engine = Engine(
+            strategy=_strategy(self.process, place=device_placement, handlers=handlers),
+            precision=precision(
+                self.config.mixed_precision,
+                device=self.process.device,
+                autocast=handlers.get(AutocastKwargs),
+                scaler=handlers.get(GradScalerKwargs),
+            ),
+            accumulation=plugin or GradientAccumulationPlugin(num_steps=self.config.gradient_accumulation_steps),
+            loops=self._loops,
+        )
+        self._saving = Saving(self._engine, self.process, self.project_configuration, self._loaders)
+        self._tracking = Tracking(log_with, self.process, self.project_configuration.tracking_dir)
+
+    # Settings
+
+    @property
+    def mixed_precision(self) -> str:
+        """The precision that is computed in, which may differ from the one asked for where the device lacks that."""
+        return self._engine.precision.name
+
+    @property
+    def strategy(self) -> Strategy:
+        """How models are spread over the processes."""
+        return self._engine.strategy
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches in a window. Setting it takes effect with the next window."""
+        return self._engine.accumulation.num_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, num_steps: int) -> None:
+        self._engine.accumulation.num_steps = GradientAccumulationPlugin(num_steps=num_steps).num_steps
+
+    def explain(self) -> str:
+        """Every setting with its value and its source, and what was chosen from them, as text."""
+        return "\n".join(
+            (
+                self.config.explain(),
+                "",
+                f"process: {self.process!r}",
+                f"strategy: {self.strategy.name}, chosen for {self.num_processes} process(es)",
+                f"precision: {self.mixed_precision}",
+            )
+        )
+
+    # Preparing
+
+    def prepare(self, *objects: Any) -> Any:
+        """Make models, optimizers, loaders and schedulers fit what the run was launched on. Every rank must call this.
+
+        Objects come back in the order given; a single one comes back alone. An optimizer is prepared together with the
+        model that it trains, or after it.
+
+        Raises:
+            ConfigError: for anything else, and for what `accel_parallel.audit` refuses.
+        """
+        kinds = [_kind(index, each) for index, each in enumerate(objects)]
+        bundle = self._engine.prepare(
+            [each for each, kind in zip(objects, kinds, strict=True) if kind == "model"],
+            [each for each, kind in zip(objects, kinds, strict=True) if kind == "optimizer"],
+        )
+        models, optimizers = iter(bundle.models), iter(bundle.optimizers)
+        prepared: list[Any] = []
+        for each, kind in zip(objects, kinds, strict=True):
+            if kind == "model":
+                prepared.append(next(models))
+            elif kind == "optimizer":
+                prepared.append(next(optimizers))
+            elif kind == "loader":
+                prepared.append(self._prepare_loader(each))
+            else:
+                prepared.append(self._engine.prepare_scheduler(each, follow=self._follow))
+        return prepared[0] if len(prepared) == 1 else tuple(prepared)
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """`prepare` for one model."""
+        prepared: nn.Module = self.prepare(model)
+        return prepared
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """`prepare` for one optimizer, whose model is prepared already."""
+        prepared: Optimizer = self.prepare(optimizer)
+        return prepared
+
+    def prepare_data_loader(self, data_loader: DataLoader[Any]) -> StatefulLoader[Any]:
+        """`prepare` for one loader."""
+        prepared: StatefulLoader[Any] = self.prepare(data_loader)
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """`prepare` for one scheduler, whose optimizer is prepared already."""
+        return self.prepare(scheduler)
+
+    def unwrap_model(self, model: nn.Module, *, keep_fp32_wrapper: bool = True) -> nn.Module:
+        """The module that was given to `prepare`.
+
+        Args:
+            model: what `prepare` returned; a module that was not prepared comes back as it is.
+            keep_fp32_wrapper: ``False`` also lets its forward compute outside mixed precision again.
+        """
+        inner = self.strategy.unwrap(model)
+        return inner if keep_fp32_wrapper else self._engine.precision.unwrap_forward(inner)
+
+    def get_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The whole model by fully qualified name, as its ``state_dict()`` would give it alone. Every rank must "
+        "call."""
+        return self.strategy.full_state(model)
+
+    # A step
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the current micro-batch ends its accumulation window, so that the optimizer steps."""
+        return self._engine.accumulation.sync_gradients
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether any optimizer's last step found gradients that were not finite and changed nothing."""
+        return any(optimizer.step_was_skipped for optimizer in self._engine.optimizers)
+
+    def backward(self, loss: torch.Tensor, num_items: int | float | torch.Tensor | None = None, **kwargs: Any) -> None:
+        """Add the gradients of `loss`, so scaled that a window's gradient equals that of one process on all of it.
+
+        Args:
+            loss: without `num_items`, the mean over this process's micro-batch: a window's gradient is then the mean
+                over its micro-batches and processes. With it, the sum over this process's items.
+            num_items: items (tokens, samples) that `loss` is the sum of, on this process: the gradient is divided by
+                their number in the whole window, over all processes. Every rank must then call this equally often.
+            kwargs: passed on to ``loss.backward``.
+
+        Raises:
+            ConfigError: if a window has some losses with and some without `num_items`.
+        """
+        self._engine.backward(loss, num_items, kwargs)
+
+    def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
+        """Around forward, backward, clipping and step of one micro-batch: the step happens when the window ends.
+
+        Args:
+            models: those that this micro-batch trains; each has a window of its own. By default all.
+        """
+        return self._engine.accumulate(models)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Keep the gradients of `model` local, for a script that counts micro-batches by itself."""
+        return self.strategy.no_sync(model)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's mixed precision for a block outside a prepared model's forward, such as a loss."""
+        return self._engine.precision.forward_context()
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    ) -> torch.Tensor:
+        """Scale the gradients so that their common norm is at most `max_norm`. Every rank must call this.
+
+        Returns the norm before, which is that of a single process on the whole window. Inside a window, before its
+        last micro-batch, nothing is clipped and the norm is that of the sum so far.
+        """
+        return self._engine.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Iterable[torch.Tensor], clip_value: float) -> None:
+        """Bound the absolute value of every gradient entry, at the end of a window."""
+        self._engine.clip_grad_value_(parameters, clip_value)
+
+    def gather_for_metrics(self, tree: Any, use_gather_object: bool = False) -> Any:
+        """The rows of the current batch from all processes, every sample exactly once. Every rank must call this.
+
+        Args:
+            tree: tensors with one row a sample of this process's batch, alone or nested.
+            use_gather_object: gather lists of Python objects instead, one entry a sample.
+
+        Raises:
+            ConfigError: if rows and batch do not match, so that padding could not be told from data.
+        """
+        return gather_for_metrics(
+            tree, info=self._loops.info, process=self.process, use_gather_object=use_gather_object
+        )
+
+    # Checkpoints
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save and restore these too; each has ``state_dict`` and ``load_state_dict``."""
+        self._saving.register(objects)
+
+    def register_save_state_pre_hook(self, hook: SaveHook) -> None:
+        """Call ``hook(models, weights, folder)`` before each save; it may change the weights in place."""
+        self._saving.save_hooks.append(hook)
+
+    def register_load_state_pre_hook(self, hook: LoadHook) -> None:
+        """Call ``hook(models, folder)`` before each restore."""
+        self._saving.load_hooks.append(hook)
+
+    def save_state(self, output_dir: str | Path | None = None) -> Path:
+        """Write a checkpoint of all that is prepared and registered. Every rank must call this.
+
+        It appears complete or not at all, whatever happens meanwhile. Inside an unfinished accumulation window, the
+        loader's place is saved as of the window's start, for gradients are not saved.
+
+        Args:
+            output_dir: folder; by default the next ``<project_dir>/checkpoints/checkpoint_<n>``.
+
+        Raises:
+            CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
+        """
+        return self._saving.save(output_dir)
+
+    def load_state(self, input_dir: str | Path | None = None) -> Path | None:
+        """Restore everything from a checkpoint, strictly. Every rank must call this, after `prepare`.
+
+        Args:
+            input_dir: folder; by default the latest complete checkpoint of the project.
+
+        Returns:
+            The folder restored from, or ``None`` where none was asked for and nothing was saved yet.
+
+        Raises:
+            CheckpointError: naming what is missing, extra, damaged or of another shape; nothing is changed then,
+                unless the mismatch shows only when an object takes its state.
+        """
+        return self._saving.load(input_dir)
+
+    @property
+    def project_dir(self) -> Path | None:
+        """Root of everything that the run writes."""
+        folder = self.project_configuration.project_dir
+        return None if folder is None else Path(folder)
+
+    # Trackers
+
+    def init_trackers(self, project_name: str, config: Mapping[str, Any] | None = None) -> None:
+        """Start the trackers of ``log_with`` on the main process, for a run with these hyperparameters."""
+        self._tracking.start(project_name, config or {})
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Send values to every tracker, from the main process."""
+        self._tracking.log(values, step)
+
+    def get_tracker(self, name: str) -> Tracker:
+        """The tracker of that name; on other than the main process one that keeps nothing."""
+        return self._tracking.get(name)
+
+    # The end
+
+    def end_training(self) -> None:
+        """Finish the trackers and leave the world. Every rank must call this."""
+        self._tracking.finish()
+        self.process.barrier()
+        self.process.close()
+
+    def free_memory(self, *objects: Any) -> list[None]:
+        """Let go of all that was prepared and of `objects`, and empty the device's cache.
+
+        Returns one ``None`` an object: ``model, optimizer = accelerator.free_memory(model, optimizer)``.
+        """
+        self._engine.forget()
+        self._loaders.clear()
+        return release_memory(*objects)
+
+    clear = free_memory
+
+    def _prepare_loader(self, loader: Any) -> StatefulLoader[Any]:
+        prepared = prepare_data_loader(
+            loader,
+            topology=self.process.topology,
+            device=self.process.device if self._place else None,
+            config=self._data,
+        )
+        prepared.observer = self._loops
+        if not any(known is prepared for known in self._loaders):
+            self._loaders.append(prepared)
+        return prepared
+
+
+def _by_type(handlers: Sequence[KwargsHandler]) -> dict[type, Any]:
+    found: dict[type, Any] = {}
+    known = (DistributedDataParallelKwargs, InitProcessGroupKwargs, GradScalerKwargs, AutocastKwargs)
+    for handler in handlers:
+        if not isinstance(handler, known):
+            raise ConfigError(
+                f"`kwargs_handlers` holds a {type(handler).__name__}, which sets nothing known here. "
+                f"Use {', '.join(kind.__name__ for kind in known)}."
+            )
+        if type(handler) in found:
+            raise ConfigError(
+                f"`kwargs_handlers` holds {type(handler).__name__} twice, and which one counts is not clear. Give one."
+            )
+        found[type(handler)] = handler
+    return found
+
+
+def _open(config: RunConfig) -> Process:
+    return Process.open(
+        ProcessSettings(
+            device=config.device,
+            backend=config.backend,
+            timeout_s=config.timeout_s,
+            check_collectives=config.check_collectives,
+        )
+    )
+
+
+def _strategy(process: Process, *, place: bool, handlers: Mapping[type, Any]) -> Strategy:
+    made = strategy_class(select_strategy(world_size=process.topology.world_size))
+    strategy: Strategy = made(process, place=place, options=handlers.get(made.options_type))
+    return strategy
+
+
+def _project(given: ProjectConfiguration | None, config: RunConfig) -> ProjectConfiguration:
+    if given is None:
+        return ProjectConfiguration(project_dir=config.project_dir)
+    if config.project_dir is None or given.project_dir == config.project_dir:
+        return given
+    if given.project_dir is not None:
+        raise ConfigError(
+            f"`project_dir={config.project_dir!r}` ({config.source('project_dir')}) and a `project_config` with "
+            f"`project_dir={str(given.project_dir)!r}` name two folders. Give one of them."
+        )
+    return ProjectConfiguration(
+        project_dir=config.project_dir,
+        logging_dir=given.logging_dir,
+        automatic_checkpoint_naming=given.automatic_checkpoint_naming,
+        total_limit=given.total_limit,
+        iteration=given.iteration,
+    )
+
+
+def _kind(index: int, each: Any) -> str:
+    if isinstance(each, nn.Module):
+        return "model"
+    if isinstance(each, Optimizer):
+        return "optimizer"
+    if isinstance(each, (DataLoader, StatefulLoader)):
+        return "loader"
+    if all(callable(getattr(each, method, None)) for method in ("step", "state_dict", "load_state_dict")):
+        return "scheduler"
+    raise ConfigError(
+        f"`prepare` was given a {type(each).__name__} as argument number {index + 1}, and it prepares models, "
+        "optimizers, "
+        f"data loaders and learning-rate schedulers. Leave it out of the call."
+    )

@@ -1,0 +1,221 @@
+"""What happens between a batch and an optimizer step: the strategy, the precision and the accumulation, put together.
+
+Choices are made in `prepare`; a step only follows them. What a backend does itself (`Strategy.owns`) is asked here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from accel.loops import Loops
+from accel_parallel.accumulation import Accumulation, Scope, Window
+from accel_parallel.audit import audit_model, audit_optimizer
+from accel_parallel.optimizer import PreparedOptimizer
+from accel_parallel.plugins import GradientAccumulationPlugin
+from accel_parallel.scheduler import PreparedScheduler
+from accel_parallel.strategy import Bundle, Duty, Strategy
+from accel_state.errors import ConfigError
+from accel_state.protocols import Precision
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Holds everything that was prepared, and runs backward, clipping and stepping for it."""
+
+    def __init__(
+        self, *, strategy: Strategy, precision: Precision, accumulation: GradientAccumulationPlugin, loops: Loops
+    ) -> None:
+        self.strategy = strategy
+        self.precision = precision
+        self.accumulation = Accumulation(accumulation, strategy)
+        self.loops = loops
+        self.models: list[nn.Module] = []
+        """As they were handed back: what users hold."""
+        self.optimizers: list[PreparedOptimizer] = []
+        self.schedulers: list[PreparedScheduler] = []
+        self._scales = precision.scaler.enabled and Duty.SCALE not in strategy.owns
+        self._averages = Duty.AVERAGE not in strategy.owns
+        self._windows_of_model: dict[int, tuple[Window, ...]] = {}
+
+    def prepare(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Bundle:
+        """Audit, cast, wrap and bind. Every rank must call this, with its objects in the same order.
+
+        Raises:
+            ConfigError: for what would go wrong without a word later; see `accel_parallel.audit`.
+        """
+        known = [*self.models, *(self.strategy.unwrap(model) for model in self.models)]
+        for index, model in enumerate(models):
+            name = f"model number {len(self.models) + index}"
+            audit_model(model, name=name, prepared=known)
+            self.precision.check(model, name=name)
+            known.append(model)
+        for index, optimizer in enumerate(optimizers):
+            others = [prepared.optimizer for prepared in self.optimizers] + list(optimizers[:index])
+            name = f"optimizer number {len(self.optimizers) + index}"
+            audit_optimizer(optimizer, name=name, models=known, others=others)
+        for model in models:
+            self.precision.wrap_forward(model)
+        bundle = self.strategy.prepare(Bundle(tuple(models), tuple(optimizers)))
+        self.models += bundle.models
+        prepared = tuple(self._bind(optimizer) for optimizer in bundle.optimizers)
+        self._windows_of_model = {id(model): self._find_windows(model) for model in self.models}
+        return Bundle(bundle.models, prepared)
+
+    def prepare_scheduler(self, scheduler: Any, *, follow: bool) -> PreparedScheduler:
+        """Let a scheduler follow the optimizer that it was made for.
+
+        Raises:
+            ConfigError: if that optimizer is not prepared.
+        """
+        target = getattr(scheduler, "optimizer", None)
+        optimizers = [each for each in self.optimizers if target is each or target is each.optimizer]
+        if not optimizers:
+            raise ConfigError(
+                f"{type(scheduler).__name__} belongs to an optimizer ({type(target).__name__}) that is not prepared, "
+                "so it "
+                f"is not known when that one really steps. Prepare the optimizer together with it or before it."
+            )
+        prepared = PreparedScheduler(scheduler, optimizers=optimizers, follow=follow)
+        self.schedulers.append(prepared)
+        return prepared
+
+    def backward(
+        self, loss: torch.Tensor, num_items: int | float | torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Run backward on `loss` at the scale that makes the window's gradient exact."""
+        accumulation = self.accumulation
+        if self._averages:
+            loss = accumulation.scale_loss(loss, num_items)
+        if self._scales:
+            if accumulation.between_windows:
+                self.precision.scaler.update()
+            loss = self.precision.scaler.scale(loss)
+        self.strategy.backward(loss, **kwargs)
+        if self._averages:
+            accumulation.after_backward()
+
+    def accumulate(self, models: tuple[nn.Module, ...]) -> AbstractContextManager[None]:
+        """One micro-batch of these models (all: none given).
+
+        Raises:
+            ConfigError: for a model that is not prepared.
+        """
+        info = self.loops.info
+        windows = self._windows(models) if models else None
+        scope = self.accumulation.enter(windows, None if info is None else info.remaining)
+        if self.strategy.average_size == 1 or self.accumulation.plugin.sync_each_batch:
+            return scope
+        quiet = [
+            model
+            for model in (models or self.models)
+            if not any(window.sync for window in (self._windows_of_model[id(model)] or scope.windows))
+        ]
+        return _Quiet(scope, [self.strategy.no_sync(model) for model in quiet]) if quiet else scope
+
+    def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float) -> torch.Tensor:
+        """Clip at the end of a window; before it only measure, since the sum is not complete."""
+        parameters = _listed(parameters)
+        optimizers = self._optimizers_of(parameters)
+        if not all(optimizer.window.sync for optimizer in optimizers):
+            norm = self.strategy.grad_norm(parameters, norm_type)
+            return norm / self._current_scale() if self._scales else norm
+        for optimizer in optimizers:
+            optimizer.unscale_()
+        return self.strategy.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Iterable[torch.Tensor], clip_value: float) -> None:
+        """Bound every entry of the gradients at the end of a window; before it do nothing."""
+        parameters = _listed(parameters)
+        optimizers = self._optimizers_of(parameters)
+        if not clip_value >= 0:
+            raise ConfigError(
+                f"`clip_value={clip_value}` is no bound for an absolute value. Give a number of zero or more."
+            )
+        if all(optimizer.window.sync for optimizer in optimizers):
+            for optimizer in optimizers:
+                optimizer.unscale_()
+            nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def forget(self) -> None:
+        """Let go of everything that was prepared."""
+        plugin = self.accumulation.plugin
+        for held in (self.models, self.optimizers, self.schedulers):
+            held.clear()
+        self._windows_of_model.clear()
+        self.accumulation = Accumulation(plugin, self.strategy)
+
+    def _bind(self, optimizer: Optimizer) -> PreparedOptimizer:
+        window = self.accumulation.bind(p for group in optimizer.param_groups for p in group["params"])
+        prepared = PreparedOptimizer(optimizer, window=window, strategy=self.strategy, scaler=self.precision.scaler)
+        self.optimizers.append(prepared)
+        return prepared
+
+    def _find_windows(self, model: nn.Module) -> tuple[Window, ...]:
+        """The windows of the optimizers that train this model; none for a model that nobody trains."""
+        ours = {id(parameter) for parameter in model.parameters()}
+        return tuple(
+            optimizer.window
+            for optimizer in self.optimizers
+            if any(id(parameter) in ours for parameter in optimizer.window.parameters)
+        )
+
+    def _windows(self, models: tuple[nn.Module, ...]) -> list[Window] | None:
+        found: list[Window] = []
+        for model in models:
+            if id(model) not in self._windows_of_model:
+                raise ConfigError(
+                    f"`accumulate` was given a {type(model).__name__} that is not prepared, so no optimizer step "
+                    "belongs to "
+                    f"it. Pass what `prepare` returned."
+                )
+            found += [window for window in self._windows_of_model[id(model)] if window not in found]
+        return found or None
+
+    def _optimizers_of(self, parameters: list[torch.Tensor]) -> list[PreparedOptimizer]:
+        wanted = {id(parameter) for parameter in parameters}
+        found = [each for each in self.optimizers if any(id(p) in wanted for p in each.window.parameters)]
+        if not found and self.optimizers:
+            raise ConfigError(
+                f"The {len(parameters)} parameters to clip belong to no prepared optimizer, so clipping them would "
+                "change "
+                f"no step. Pass the parameters of the model that `prepare` returned."
+            )
+        return found
+
+    def _current_scale(self) -> torch.Tensor:
+        return self.precision.scaler.scale(torch.ones((), device=self.models[0].parameters().__next__().device))
+
+
+class _Quiet:
+    """A micro-batch during which some models keep their gradients to themselves."""
+
+    __slots__ = ("_contexts", "_scope")
+
+    def __init__(self, scope: Scope, contexts: list[AbstractContextManager[Any]]) -> None:
+        self._scope = scope
+        self._contexts = contexts
+
+    def __enter__(self) -> None:
+        self._scope.__enter__()
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(kind, error, traceback)
+        self._scope.__exit__(kind, error, traceback)
+
+
+def _listed(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

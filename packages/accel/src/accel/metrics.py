@@ -1,0 +1,97 @@
+"""Gathering for metrics: every sample exactly once, or an error (B7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from accel_state.collectives import gather, gather_object, gather_ragged
+from accel_state.errors import ConfigError
+from accel_state.process import Process
+from accel_state.protocols import BatchInfo
+from accel_state.tree import map_tensors, tensor_leaves
+
+__all__ = ["gather_for_metrics"]
+
+
+def gather_for_metrics(tree: Any, *, info: BatchInfo | None, process: Process, use_gather_object: bool = False) -> Any:
+    """The rows of all ranks for the current batch, without padding, in the order of the data.
+
+    Every rank must call this.
+
+    Args:
+        tree: tensors of shape (rows of this rank's batch, ...), alone or nested. With `use_gather_object` a list
+            with one entry a row.
+        info: the batch that is being worked on; ``None`` outside a loop, where nothing is padding.
+        process: the open process.
+        use_gather_object: gather Python objects, which are pickled on the way between the processes.
+
+    Raises:
+        ConfigError: if the rows are not those of the batch although a batch of this epoch holds padding, so that
+            the padding could not be told from the data.
+    """
+    rank = process.topology.data_rank
+    if use_gather_object or not _holds_tensors(tree):
+        return _gather_objects(tree, info, process, rank)
+    if info is None:
+        return gather(tree, process=process)
+    if process.topology.world_size == 1 and not info.may_pad:
+        return gather(tree, process=process)
+    if not _fits(tree, info.rows[rank]):
+        if info.may_pad:
+            _refuse(tree, info.rows[rank])
+        return gather(tree, process=process)
+    if min(info.rows) != max(info.rows):
+        gathered = gather_ragged(tree, info.rows, process=process)
+    else:
+        gathered = gather(tree, process=process)
+    if info.real_rows == info.rows:
+        return gathered
+    keep = _real_indices(info)
+    return map_tensors(gathered, lambda tensor: tensor[keep.to(tensor.device)])
+
+
+def _holds_tensors(tree: Any) -> bool:
+    return isinstance(tree, torch.Tensor) or bool(tensor_leaves(tree))
+
+
+def _fits(tree: Any, rows: int) -> bool:
+    if isinstance(tree, torch.Tensor):
+        return tree.dim() > 0 and tree.shape[0] == rows
+    return all(tensor.dim() > 0 and tensor.shape[0] == rows for tensor in tensor_leaves(tree))
+
+
+def _real_indices(info: BatchInfo) -> torch.Tensor:
+    """Positions of the real rows in the rows of all ranks, one after the other."""
+    starts = [sum(info.rows[:rank]) for rank in range(len(info.rows))]
+    return torch.cat([torch.arange(start, start + real) for start, real in zip(starts, info.real_rows, strict=True)])
+
+
+def _gather_objects(tree: Any, info: BatchInfo | None, process: Process, rank: int) -> list[Any]:
+    if not isinstance(tree, (list, tuple)):
+        raise ConfigError(
+            f"`gather_for_metrics` was given a {type(tree).__name__}, which has no rows to count. "
+            f"Give tensors, or a list with one entry a sample."
+        )
+    entries = list(tree)
+    if info is not None and info.may_pad:
+        if len(entries) != info.rows[rank]:
+            raise ConfigError(_mismatch(f"a list of {len(entries)} entries", info.rows[rank]))
+        entries = entries[: info.real_rows[rank]]
+    return gather_object(entries, process=process)
+
+
+def _refuse(tree: Any, rows: int) -> None:
+    shapes = [tuple(tensor.shape) for tensor in tensor_leaves(tree)]
+    raise ConfigError(_mismatch(f"tensors of shape {', '.join(map(str, shapes))}", rows))
+
+
+def _mismatch(given: str, rows: int) -> str:
+    return (
+        f"`gather_for_metrics` was given {given}, but this rank's batch has {rows} rows, and the last batch of this "
+        "epoch "
+        f"is padded: which entries are padding could not be told. Give one row a sample (for a mean loss, the losses "
+        "of "
+        f"the samples), or use `gather`, which keeps the padding."
+    )

@@ -1,0 +1,51 @@
+"""Where a run keeps its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accel_state.errors import ConfigError
+
+__all__ = ["ProjectConfiguration"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectConfiguration:
+    """Folders of a run, and how its checkpoints are named and kept."""
+
+    project_dir: str | Path | None = None
+    """Root of everything that the run writes."""
+    logging_dir: str | Path | None = None
+    """Folder for trackers; by default `project_dir`."""
+    automatic_checkpoint_naming: bool = True
+    """Whether ``save_state()`` without a folder writes ``<project_dir>/checkpoints/checkpoint_<n>``."""
+    total_limit: int | None = None
+    """Automatically named checkpoints that are kept; the oldest go after a new one is complete. ``None`` keeps all."""
+    iteration: int | None = None
+    """Number of the first automatically named checkpoint; by default one more than any that is there."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("total_limit", 1), ("iteration", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(
+                    f"`{name}={value!r}` cannot count checkpoints. Give an integer of at least {least}, or leave it "
+                    "out."
+                )
+        if not self.automatic_checkpoint_naming and (self.total_limit is not None or self.iteration is not None):
+            raise ConfigError(
+                "`total_limit` and `iteration` only concern automatically named checkpoints, and "
+                "`automatic_checkpoint_naming=False` turns those off. Leave them out, or turn it on."
+            )
+
+    @property
+    def checkpoints_dir(self) -> Path | None:
+        """Where automatically named checkpoints lie; ``None`` without a project folder."""
+        return None if self.project_dir is None else Path(self.project_dir) / "checkpoints"
+
+    @property
+    def tracking_dir(self) -> Path | None:
+        """Where trackers write."""
+        folder = self.logging_dir if self.logging_dir is not None else self.project_dir
+        return None if folder is None else Path(folder)

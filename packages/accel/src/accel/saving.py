@@ -1,0 +1,251 @@
+"""Saving and restoring everything that a run is made of, strictly and all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accel.engine import Engine
+from accel.project import ProjectConfiguration
+from accel_parallel.checkpoint import Checkpoint, Item, latest_checkpoint, next_number, numbered_path, prune
+from accel_parallel.checkpoint import save_checkpoint as write_checkpoint
+from accel_parallel.checkpoint.layout import recover
+from accel_parallel.naming import parameter_names
+from accel_parallel.strategy import OptimizerState
+from accel_state.collectives import broadcast_object_list
+from accel_state.errors import CheckpointError, ConfigError
+from accel_state.logging import get_logger
+from accel_state.process import Process
+from accel_state.protocols import Stateful, StatefulLoader
+from accel_state.rng import rng_state, set_rng_state
+
+__all__ = ["Saving"]
+
+logger = get_logger(__name__)
+
+SaveHook = Callable[[list[Any], list[dict[str, Any]], str], None]
+LoadHook = Callable[[list[Any], str], None]
+
+
+class Saving:
+    """The checkpoints of one `Accelerator`."""
+
+    def __init__(
+        self, engine: Engine, process: Process, project: ProjectConfiguration, loaders: list[StatefulLoader[Any]]
+    ) -> None:
+        self.engine = engine
+        self.process = process
+        self.project = project
+        self.loaders = loaders
+        self.custom: list[Stateful] = []
+        self.save_hooks: list[SaveHook] = []
+        self.load_hooks: list[LoadHook] = []
+        self._resumed_from: Path | None = None
+        self._num_named = 0
+        """Automatically named checkpoints that this run has written."""
+
+    def register(self, objects: tuple[Any, ...]) -> None:
+        """Add objects to every later checkpoint, in this order.
+
+        Raises:
+            ConfigError: naming those without ``state_dict`` and ``load_state_dict``.
+        """
+        odd = [type(each).__name__ for each in objects if not isinstance(each, Stateful)]
+        if odd:
+            raise ConfigError(
+                f"`register_for_checkpointing` was given {', '.join(odd)}, without `state_dict` and "
+                "`load_state_dict`, so "
+                f"there is nothing to save or restore. Give these classes both methods."
+            )
+        self.custom += objects
+
+    def save(self, output_dir: str | Path | None) -> Path:
+        """Write a checkpoint. Every rank must call this. Returns its folder."""
+        final = self._save_path(output_dir)
+        items = self._items()
+        for hook in self.save_hooks:
+            hook(list(self.engine.models), [item.state for item in items if item.kind == "model"], str(final))
+        owned = items if self.process.topology.is_main else []
+        own_generators = Item(f"rng_{self.process.topology.rank}", "rng", rng_state(self.process.kind))
+        step = max((optimizer.steps_taken for optimizer in self.engine.optimizers), default=0)
+        write_checkpoint(
+            final, [*owned, own_generators], process=self.process, step=step, strategy=self.engine.strategy.name
+        )
+        self._prune(automatic=output_dir is None)
+        return final
+
+    def load(self, input_dir: str | Path | None) -> Path | None:
+        """Restore a checkpoint, the latest by default. Every rank must call this.
+
+        Returns:
+            The folder it came from; ``None`` where none was asked for and nothing was saved yet.
+        """
+        folder = self._load_path(input_dir)
+        if folder is None:
+            return None
+        for hook in self.load_hooks:
+            hook(list(self.engine.models), str(folder))
+        checkpoint = Checkpoint(folder)
+        self._refuse_other_items(checkpoint)
+        # Read, and so verify, everything before anything is changed.
+        states = {name: checkpoint.read(name) for name in self._names()}
+        generators = self._read_generators(checkpoint)
+        self._restore(states)
+        if generators is not None:
+            set_rng_state(generators, strict_device=False)
+        self._resumed_from = folder
+        self.process.barrier()
+        logger.info("Resumed from %s, step %d.", folder, checkpoint.manifest.step)
+        return folder
+
+    def _names(self) -> list[str]:
+        engine = self.engine
+        names = [_numbered("model", index) for index in range(len(engine.models))]
+        names += [_numbered("optimizer", index) for index in range(len(engine.optimizers))]
+        names += [_numbered("scheduler", index) for index in range(len(engine.schedulers))]
+        names += [_numbered("loader", index) for index in range(len(self.loaders))]
+        names += [_numbered("custom", index) for index in range(len(self.custom))]
+        return names + (["scaler"] if engine.precision.scaler.enabled else [])
+
+    def _parameter_names(self) -> dict[Any, str]:
+        engine = self.engine
+        return parameter_names(
+            [(_numbered("model", index), engine.strategy.unwrap(model)) for index, model in enumerate(engine.models)]
+        )
+
+    def _items(self) -> list[Item]:
+        engine = self.engine
+        names = self._parameter_names()
+        items = [
+            Item(_numbered("model", index), "model", engine.strategy.model_state(model))
+            for index, model in enumerate(engine.models)
+        ]
+        for index, optimizer in enumerate(engine.optimizers):
+            state = engine.strategy.optimizer_state(optimizer.optimizer, names)
+            content = {"state": state.state, "groups": state.groups, "steps_taken": optimizer.steps_taken}
+            items.append(Item(_numbered("optimizer", index), "optimizer", content))
+        for index, scheduler in enumerate(engine.schedulers):
+            items.append(Item(_numbered("scheduler", index), "scheduler", scheduler.state_dict()))
+        for index, loader in enumerate(self.loaders):
+            items.append(Item(_numbered("loader", index), "loader", loader.state_dict(rewind=self._rewind(loader))))
+        for index, each in enumerate(self.custom):
+            items.append(Item(_numbered("custom", index), "custom", each.state_dict()))
+        if engine.precision.scaler.enabled:
+            items.append(Item("scaler", "scaler", engine.precision.scaler.state_dict()))
+        return items
+
+    def _rewind(self, loader: StatefulLoader[Any]) -> int:
+        """Gradients are not saved: the micro-batches of an unfinished window have to be seen again."""
+        return self.engine.accumulation.unfinished if loader is self.engine.loops.innermost else 0
+
+    def _restore(self, states: dict[str, Any]) -> None:
+        engine = self.engine
+        names = self._parameter_names()
+        for index, model in enumerate(engine.models):
+            engine.strategy.load_model_state(model, states[_numbered("model", index)])
+        for index, optimizer in enumerate(engine.optimizers):
+            state = states[_numbered("optimizer", index)]
+            engine.strategy.load_optimizer_state(
+                optimizer.optimizer, names, OptimizerState(state=state["state"], groups=state["groups"])
+            )
+            optimizer.steps_taken = state["steps_taken"]
+        for index, scheduler in enumerate(engine.schedulers):
+            scheduler.load_state_dict(states[_numbered("scheduler", index)])
+            scheduler.settle()
+        for index, loader in enumerate(self.loaders):
+            loader.load_state_dict(states[_numbered("loader", index)])
+        for index, each in enumerate(self.custom):
+            each.load_state_dict(states[_numbered("custom", index)])
+        if engine.precision.scaler.enabled:
+            engine.precision.scaler.load_state_dict(states["scaler"])
+
+    def _refuse_other_items(self, checkpoint: Checkpoint) -> None:
+        saved = {name for name, record in checkpoint.items.items() if record.kind != "rng"}
+        missing, extra = sorted(set(self._names()) - saved), sorted(saved - set(self._names()))
+        if missing or extra:
+            parts = [
+                f"lacks {', '.join(missing)}" if missing else "",
+                f"also holds {', '.join(extra)}" if extra else "",
+            ]
+            raise CheckpointError(
+                f"`{checkpoint.folder}` {' and '.join(part for part in parts if part)}, so it does not fit what is "
+                "prepared "
+                f"and registered here, and restoring a part would be silently wrong. Prepare and register the same "
+                f"objects, in the same order and precision, as when it was written."
+            )
+
+    def _read_generators(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
+        if checkpoint.manifest.world_size != self.process.topology.world_size:
+            logger.warning(
+                "The checkpoint was written by %d process(es) and is read by %d: random generators are not restored, "
+                "since "
+                "their streams belong to ranks. The order of the data is.",
+                checkpoint.manifest.world_size,
+                self.process.topology.world_size,
+            )
+            return None
+        state: dict[str, Any] = checkpoint.read(f"rng_{self.process.topology.rank}")
+        return state
+
+    def _save_path(self, output_dir: str | Path | None) -> Path:
+        if output_dir is not None:
+            return Path(output_dir)
+        folder = self._checkpoints_dir("save_state()")
+        number = self.project.iteration if self._num_named == 0 else None
+        (chosen,) = broadcast_object_list([next_number(folder) if number is None else number], process=self.process)
+        path = numbered_path(folder, chosen)
+        if number is not None and path.exists():
+            raise ConfigError(
+                f"`ProjectConfiguration(iteration={number})` names `{path}`, which exists. "
+                f"Leave `iteration` out to go on after the highest number, or remove that folder."
+            )
+        return path
+
+    def _checkpoints_dir(self, call: str) -> Path:
+        folder = self.project.checkpoints_dir
+        if folder is None:
+            raise ConfigError(
+                f"`{call}` was called without a folder, and the Accelerator has no `project_dir` to look in. "
+                f"Pass a folder, or create `Accelerator(project_dir=...)`."
+            )
+        if not self.project.automatic_checkpoint_naming:
+            raise ConfigError(
+                f"`{call}` was called without a folder, and `automatic_checkpoint_naming=False` leaves naming to you. "
+                f"Pass a folder, or turn it on."
+            )
+        return folder
+
+    def _load_path(self, input_dir: str | Path | None) -> Path | None:
+        if input_dir is not None:
+            folder = Path(input_dir)
+            if self.process.topology.is_main:
+                recover(folder)
+            self.process.barrier()
+            return folder
+        folder = self._checkpoints_dir("load_state()")
+        found: tuple[Path | None, str | None] = (None, None)
+        if self.process.topology.is_main:
+            try:
+                found = (latest_checkpoint(folder), None)
+            except CheckpointError as error:
+                found = (None, str(error))
+        path, problem = broadcast_object_list([found], process=self.process)[0]
+        if problem is not None:
+            raise CheckpointError(problem)
+        if path is None:
+            logger.info("No checkpoint under %s yet: starting from the beginning.", folder)
+        return path
+
+    def _prune(self, *, automatic: bool) -> None:
+        if not automatic:
+            return
+        self._num_named += 1
+        folder, limit = self.project.checkpoints_dir, self.project.total_limit
+        if limit is not None and folder is not None and self.process.topology.is_main:
+            keep = [] if self._resumed_from is None else [self._resumed_from]
+            prune(folder, total_limit=limit, keep=keep)
+
+
+def _numbered(kind: str, index: int) -> str:
+    return kind if index == 0 else f"{kind}_{index}"
