@@ -91,9 +91,9 @@ def train(args: argparse.Namespace) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Teach a small network to read handwritten digits.")
     parser.add_argument("--project-dir", default="runs/quickstart", help="checkpoints and metrics go here")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training images")
     parser.add_argument("--batch-size", type=int, default=32, help="images per process and step")
-    parser.add_argument("--lr", type=float, default=4e-3, help="learning rate at the beginning")
+    parser.add_argument("--lr", type=float, default=8e-3, help="learning rate at the beginning")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the order and dropout")
     return parser.parse_args()
 
