@@ -37,7 +37,7 @@ def _reference(name: str) -> str:
     """The public modules of a package, each rendered from its source."""
     package = name.replace("-", "_")
     source = PACKAGES / name / "src"
-    lines = [f"# {name}", "", f"Import name `{package}`, module by module. Names with a leading underscore are private."]
+    lines = [f"# {name}", "", f"Import name `{package}`. Names with a leading underscore are private."]
     for path in sorted((source / package).rglob("*.py")):
         parts = path.relative_to(source).with_suffix("").parts
         if parts[-1] == "__init__":

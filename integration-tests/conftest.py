@@ -13,7 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from accel_state.testing import leak_guard
+
 HEAVY = Path(__file__).parent / "heavy"
+
+
+guard = pytest.fixture(autouse=True)(leak_guard)
+"""Fails a test that leaves a variable, a thread, a process, an open `Process` or a process group behind."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
