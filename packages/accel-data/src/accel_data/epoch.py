@@ -48,6 +48,8 @@ class PlannedRun:
         self._done = 0
         self._may_pad = plan.may_pad
         self._num_batches = plan.num_batches
+        self._num_full = plan.num_full
+        self._full_rows = plan.rows(0) if plan.num_full else ()
 
     def batches(self) -> Iterable[Any]:
         """The batches of the underlying loader as they are."""
@@ -62,11 +64,12 @@ class PlannedRun:
         step = self._done - 1
         if step < 0:
             return None
+        full = step < self._num_full  # those share one tuple: nothing is computed anew in each step
         return BatchInfo(
             self.start.epoch,
             self.start.batches + step,
-            self._plan.rows(step),
-            self._plan.real_rows(step),
+            self._full_rows if full else self._plan.rows(step),
+            self._full_rows if full else self._plan.real_rows(step),
             self._num_batches - step - 1,
             self._may_pad,
         )

@@ -17,7 +17,7 @@ from accel_state.errors import ConfigError
 __all__ = ["EpochOrder", "ExplicitOrder", "FeistelPermutation", "PermutedOrder", "SequentialOrder", "derive_seed"]
 
 _MASK_64 = (1 << 64) - 1
-_ROUNDS = 8  # even, so that the halves end where they began
+_ROUNDS = 6  # even, so that the halves end where they began
 _MAX_SAMPLES = 1 << 62
 _MAX_TABLE = 4096
 
@@ -114,7 +114,7 @@ class FeistelPermutation:
         root = isqrt(max(num_samples - 1, 0)) + 1
         self._a = max(2, root + root % 2)
         self._b = max(1, -(-num_samples // self._a))
-        self._keys = [_signed(derive_seed(seed, epoch, number)) for number in range(_ROUNDS)]
+        self._keys = [derive_seed(seed, epoch, number) >> 1 for number in range(_ROUNDS)]
 
     def evaluate(self, positions: torch.Tensor) -> torch.Tensor:
         """The samples at `positions`, int64 of one dimension, each in ``0 .. num_samples - 1``."""
@@ -134,8 +134,7 @@ class FeistelPermutation:
             modulus = self._a if number % 2 == 0 else self._b
             # Reduced by a product and a shift, not by `%`, which is several times slower:
             # D. Lemire, "Fast Random Integer Generation in an Interval", ACM TOMACS 29(1), 2019.
-            hashes = _mix(right ^ key).bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF)
-            left += hashes.mul_(modulus).bitwise_right_shift_(32)
+            left += _hash(right ^ key).mul_(modulus).bitwise_right_shift_(32)
             left -= (left >= modulus) * modulus
             left, right = right, left
         return left + right * self._a
@@ -172,3 +171,10 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
     values = (values >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(values).mul_(_MULTIPLIERS[0])
     values = (values >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(values).mul_(_MULTIPLIERS[1])
     return (values >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(values)
+
+
+def _hash(values: torch.Tensor) -> torch.Tensor:
+    """The upper 32 bits of `_mix` for values that are not negative, short of its last step, which hardly moves them."""
+    values = (values >> 30).bitwise_xor_(values).mul_(_MULTIPLIERS[0])
+    values = (values >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(values).mul_(_MULTIPLIERS[1])
+    return values.bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF)

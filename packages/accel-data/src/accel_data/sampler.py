@@ -23,6 +23,9 @@ class EpochPlan(Protocol):
     @property
     def num_batches(self) -> int: ...
     @property
+    def num_full(self) -> int:
+        """How many batches at the front have the rows of the first one, all real."""
+    @property
     def may_pad(self) -> bool: ...
     def rows(self, step: int) -> tuple[int, ...]: ...
     def real_rows(self, step: int) -> tuple[int, ...]: ...
@@ -42,6 +45,7 @@ class SamplePlan:
         self._offset = offset
         self._rank = rank
         self.num_batches = batches.num_batches
+        self.num_full = batches.num_full
         self.may_pad = batches.may_pad
         self.rows = batches.rows
         self.real_rows = batches.real_rows
@@ -72,6 +76,7 @@ class BatchPlan:
         self._groups = groups
         self._rank = rank
         self.num_batches = groups.num_batches
+        self.num_full = 0
         self.may_pad = groups.may_pad
         self.rows = groups.rows
         self.real_rows = groups.real_rows

@@ -14,7 +14,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from accel_data.position import OrderKind
 from accel_data.randomness import seeded
+from accel_state.collectives import broadcast_object_list
 from accel_state.errors import ConfigError
+from accel_state.process import Process
 from accel_state.topology import Topology
 
 __all__ = ["agree", "check_fingerprint", "draw_items", "own_batch_sampler", "recognise", "refuse_sharded"]
@@ -98,7 +100,7 @@ def check_fingerprint(drawn: str, recorded: str | None, *, epoch: int, name: str
         raise ConfigError(
             f"The sampler of the {name} was asked for the order of epoch {epoch} again, to go on in its middle, and "
             f"gave another one than before, so which samples were seen cannot be told. Let it draw from python's, "
-            f"numpy's or torch's default generator or from its `generator` attribute, or make it a function of `set_epoch`."
+            f"numpy's or torch's default generator or from its `generator`, or make it a function of `set_epoch`."
         )
 
 
@@ -110,6 +112,8 @@ def agree(value: Any, topology: Topology) -> Any:
     if not _has_peers(topology):
         return value
     holder = [value]
+    if Process.is_open():
+        return broadcast_object_list(holder)[0]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
