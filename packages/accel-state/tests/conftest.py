@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from accel_state.testing import leak_guard
 
 guard = pytest.fixture(autouse=True)(leak_guard)

@@ -176,7 +176,7 @@ def _part(inputs: Any, rank: int, world_size: int, apply_padding: bool) -> Any:
     start = rank * size + min(rank, longer)
     stop = start + size + (rank < longer)
     if not apply_padding or stop - start == size + (longer > 0):
-        return inputs.select(range(start, stop)) if hasattr(inputs, "select") else inputs[start:stop]
+        return inputs.select(range(start, stop)) if _is_dataset(inputs) else inputs[start:stop]
     return _padded(inputs, start, stop, length)
 
 
@@ -186,15 +186,20 @@ def _padded(inputs: Any, start: int, stop: int, length: int) -> Any:
         return torch.cat([inputs[start:stop], inputs[length - 1 :]])
     if isinstance(inputs, np.ndarray):
         return np.concatenate([inputs[start:stop], inputs[length - 1 :]])
-    if hasattr(inputs, "select"):
+    if _is_dataset(inputs):
         return inputs.select([*range(start, stop), length - 1])
     if isinstance(inputs, range):
         return [*inputs[start:stop], inputs[length - 1]]
     return inputs[start:stop] + inputs[length - 1 :]
 
 
+def _is_dataset(inputs: Any) -> bool:
+    """Whether rows are taken with ``select``, as from a ``datasets.Dataset``. A tensor's means another thing."""
+    return hasattr(inputs, "select") and hasattr(inputs, "__len__") and not isinstance(inputs, (torch.Tensor, type))
+
+
 def _length(inputs: Any) -> int:
-    splittable = isinstance(inputs, (Sequence, torch.Tensor, np.ndarray)) or hasattr(inputs, "select")
+    splittable = isinstance(inputs, (Sequence, torch.Tensor, np.ndarray)) or _is_dataset(inputs)
     if not splittable or isinstance(inputs, (str, bytes)) or getattr(inputs, "ndim", 1) == 0:
         raise ConfigError(
             f"A {type(inputs).__name__} was given to `split_between_processes`, and it has no rows to divide. "

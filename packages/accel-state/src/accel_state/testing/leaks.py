@@ -18,8 +18,16 @@ __all__ = ["leak_guard"]
 _GRACE_S = 1.0
 """How long threads and processes that are about to end may take."""
 
-_PYTEST_VARIABLE = "PYTEST_CURRENT_TEST"
-"""pytest sets it anew for each phase of a test."""
+_FOREIGN_VARIABLES = frozenset(
+    {
+        "PYTEST_CURRENT_TEST",  # pytest, for each phase of a test
+        "TORCHINDUCTOR_CACHE_DIR",  # torch, when it first loads its compiler
+        "TRITON_CACHE_DIR",
+        "KMP_DUPLICATE_LIB_OK",  # scikit-learn, when it is imported
+        "KMP_INIT_AT_FORK",
+    }
+)
+"""What third parties write into this process's environment, whatever a test does."""
 
 _SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 """Helpers of ``multiprocessing`` that live as long as the process on purpose."""
@@ -49,7 +57,7 @@ def leak_guard() -> Iterator[None]:
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    names = sorted((set(before) | set(after)) - {_PYTEST_VARIABLE})
+    names = sorted((set(before) | set(after)) - _FOREIGN_VARIABLES)
     return [
         f"environment variable {name}: was {before.get(name)!r}, is {after.get(name)!r}"
         for name in names
@@ -81,9 +89,10 @@ def _children() -> dict[int, str]:
         return {each.pid or 0: each.name for each in multiprocessing.active_children()}
     found = {}
     for pid in {int(word) for listing in listings for word in _text(listing).split()}:
-        command = _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()
-        # A process that has ended and waits to be reaped has no command line.
-        if command and not any(server in command for server in _SERVERS):
+        # "12 (name) S ...", with Z for one that has ended and waits to be reaped.
+        name, _, rest = _text(Path(f"/proc/{pid}/stat")).partition("(")[2].rpartition(")")
+        command = _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip() or name
+        if rest.split()[:1] not in ([], ["Z"]) and not any(server in command for server in _SERVERS):
             found[pid] = command[:200]
     return found
 

@@ -24,6 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -310,6 +311,9 @@ def _import(name: str, path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    for end, char in enumerate(name):
+        if char == ".":  # pickle imports what stands above a class's module, which may be a folder's name only
+            sys.modules.setdefault(name[:end], ModuleType(name[:end]))
     sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
     return module
