@@ -66,14 +66,12 @@ class World:
         """The global batches of one iteration, up to `limit` of them; a rank without a batch in one has ``[]``."""
         steps: dict[int, Step] = {}
         for rank, loader in enumerate(self.loaders):
-            num = 0
-            for batch in loader if limit != 0 else ():
+            for num, batch in enumerate(loader if limit != 0 else (), 1):
                 info = loader.batch_info
                 assert info is not None
                 step = steps.setdefault(info.index, [([], 0) for _ in self.loaders])
                 assert len(batch) == info.rows[rank]
                 step[rank] = (batch.tolist(), info.real_rows[rank])
-                num += 1
                 if num == limit:
                     break
         return [steps[index] for index in sorted(steps)]

@@ -97,9 +97,7 @@ def test_len_is_the_number_of_batches_of_each_rank(make: Make, world: Any) -> No
         for even in (True, False):
             ranks = world(lambda n=length: make(n, 3), 3, even_batches=even)
             if hasattr(ranks.loaders[0].dataset, "__len__"):
-                assert [len(loader) for loader in ranks.loaders] == [
-                    sum(1 for _ in loader) for loader in ranks.loaders
-                ]
+                assert [len(loader) for loader in ranks.loaders] == [sum(1 for _ in loader) for loader in ranks.loaders]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -54,7 +54,10 @@ def makers(counting: Any) -> dict[str, Make]:
         "persistent": lambda: DataLoader(data, batch_size=4, shuffle=True, persistent_workers=True, **workers),  # type: ignore[arg-type]
         "iterable_workers": lambda: DataLoader(counting(LENGTH), batch_size=2, **workers),  # type: ignore[arg-type]
         "iterable_persistent": lambda: DataLoader(
-            counting(LENGTH), batch_size=2, persistent_workers=True, **workers  # type: ignore[arg-type]
+            counting(LENGTH),
+            batch_size=2,
+            persistent_workers=True,
+            **workers,  # type: ignore[arg-type]
         ),
     }
 
@@ -180,7 +183,10 @@ def test_an_iterable_says_once_that_it_reads_again(world: Any, counting: Any, ca
     state = ranks.state_after(5, epoch=0)
     collated: list[int] = []
     other = world(
-        lambda: DataLoader(counting(40), batch_size=2, collate_fn=lambda rows: collated.append(1) or torch.tensor(rows)), 2
+        lambda: DataLoader(
+            counting(40), batch_size=2, collate_fn=lambda rows: collated.append(1) or torch.tensor(rows)
+        ),
+        2,
     )
     with caplog.at_level(logging.WARNING, logger="accel_data"):
         for _ in range(2):
@@ -213,7 +219,7 @@ def test_a_sampler_that_draws_another_order_is_refused_in_the_middle(batched: bo
     state = world(make, 1).state_after(3, epoch=0)
     other = world(make, 1)
     other.load(state)
-    with pytest.raises(ConfigError, match="order of epoch 0 again.*gave another one than before"):
+    with pytest.raises(ConfigError, match=r"order of epoch 0 again.*gave another one than before"):
         other.epoch()
     assert other.loaders[0].state_dict() == state
 

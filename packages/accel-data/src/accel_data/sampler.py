@@ -25,6 +25,7 @@ class EpochPlan(Protocol):
     @property
     def num_full(self) -> int:
         """How many batches at the front have the rows of the first one, all real."""
+
     @property
     def may_pad(self) -> bool: ...
     def rows(self, step: int) -> tuple[int, ...]: ...
