@@ -278,15 +278,22 @@ def _pickle(module: Module) -> Iterator[Violation]:
 
 
 def _broad_except(module: Module) -> Iterator[Violation]:
-    """A handler of everything that does not raise again hides what went wrong; child processes report instead."""
+    """A handler of everything that neither raises again nor ends the process hides what went wrong."""
     if _is_for_tests(module):
         return
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ExceptHandler):
             caught = node.type.id if isinstance(node.type, ast.Name) else ""
             broad = node.type is None or caught in ("Exception", "BaseException")
-            if broad and not any(isinstance(each, ast.Raise) for each in ast.walk(node)):
+            if broad and not any(_ends(each) for each in ast.walk(node)):
                 yield module.violation(node, "broad-except", "catches everything and raises nothing: name the errors")
+
+
+def _ends(node: ast.AST) -> bool:
+    """Whether this raises, or ends the process by ``os._exit``, as the body of a forked child does."""
+    if isinstance(node, ast.Raise):
+        return True
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_exit"
 
 
 def _sizes(module: Module) -> Iterator[Violation]:

@@ -36,6 +36,7 @@ def violations(root: Path, files: dict[str, str]) -> list[str]:
         ("try:\n    x = 1\nexcept Exception:\n    x = 2\n", ["m.py:3 broad-except"]),
         ("try:\n    x = 1\nexcept:\n    x = 2\n", ["m.py:3 broad-except"]),
         ("try:\n    x = 1\nexcept BaseException:\n    x = 2\n    raise\n", []),
+        ("import os\ntry:\n    x = 1\nexcept BaseException:\n    os._exit(1)\n", []),
         ("try:\n    x = 1\nexcept ValueError:\n    x = 2\n", []),
         ("x = 1\n" * 501, ["m.py:1 size"]),
         ("x = 1\n" * 500, []),
