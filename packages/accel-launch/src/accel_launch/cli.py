@@ -27,9 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows ``accel``; by default what this process was started with.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words:
+        print(_help(), file=sys.stderr)
+        return 2
+    if words[0] in ("-h", "--help", "help"):
         print(_help())
-        return 0 if words else 2
+        return 0
     if words[0] in ("-V", "--version"):
         print(f"accel-launch {__version__}")
         return 0

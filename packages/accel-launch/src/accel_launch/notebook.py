@@ -159,10 +159,12 @@ def _fork_all(function: Callable[..., object], args: Sequence[Any], count: int, 
     sys.stdout.flush()
     sys.stderr.flush()
     with hold_free_port() as port:
-        workers = [_Worker(rank, count, port, settings, function, args) for rank in range(count)]
+        workers: list[_Worker] = []
         try:
-            for worker in workers:
+            for rank in range(count):
+                worker = _Worker(rank, count, port, settings, function, args)
                 worker.start()
+                workers.append(worker)
             _wait(workers)
         finally:
             _end(workers)
@@ -181,7 +183,10 @@ class _Worker:
         args: Sequence[Any],
     ) -> None:
         self.rank = rank
-        environment = ProcessEnvironment(
+        self.receiver: Connection
+        self.process: ForkProcess
+        self._call = (settings.values.get("device"), function, args)
+        self._environment = ProcessEnvironment(
             launcher=Launcher.TORCHRUN,
             rank=rank,
             world_size=count,
@@ -191,16 +196,14 @@ class _Worker:
             master_port=port,
             run_config=settings.to_json() if settings.values else None,
         )
-        context = multiprocessing.get_context("fork")
-        self.receiver, self._sender = context.Pipe(duplex=False)
-        device = settings.values.get("device")
-        self.process: ForkProcess = context.Process(
-            target=_run, args=(self._sender, environment, device, function, args), name=f"rank{rank}"
-        )
 
     def start(self) -> None:
+        """Fork it. The pipe is made now: a rank forked before holds no end of it, so that its end is seen."""
+        context = multiprocessing.get_context("fork")
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=_run, args=(sender, self._environment, *self._call))
         self.process.start()
-        self._sender.close()
+        sender.close()
 
     def result(self) -> tuple[str, str]:
         """What it reported: ("ok" or "failed" or "autograd", text)."""
@@ -237,7 +240,7 @@ def _wait(workers: list[_Worker]) -> None:
 
 def _end(workers: list[_Worker]) -> None:
     """End what still runs, and let go of all."""
-    alive = [worker.process for worker in workers if worker.process.pid is not None and worker.process.is_alive()]
+    alive = [worker.process for worker in workers if worker.process.is_alive()]
     for process in alive:
         process.terminate()
     deadline = time.monotonic() + _TERMINATED_WITHIN_S
