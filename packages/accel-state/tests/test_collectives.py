@@ -33,7 +33,7 @@ def rank() -> int:
 def gathered() -> dict[str, Any]:
     here = rank()
     rows = torch.full((2, 3), float(here), requires_grad=True)
-    tree = {"rows": rows, "nested": [torch.tensor(here), (rows.t() * 10,)], "none": torch.empty(0, 4)}
+    tree = {"rows": rows, "nested": [torch.tensor(here), (torch.arange(6).reshape(2, 3).t() + here,)], "none": torch.empty(0, 4)}
     out = gather(tree)
     assert not out["rows"].requires_grad
     assert rows.requires_grad
@@ -48,7 +48,7 @@ def test_gather_joins_in_order_of_rank(world_size: int) -> None:
         tree = answer["tree"]
         assert tree["rows"].tolist() == [[float(r)] * 3 for r in range(world_size) for _ in range(2)]
         assert tree["nested"][0].tolist() == list(range(world_size))
-        assert tree["nested"][1][0].tolist() == [[10.0 * r] * 2 for r in range(world_size) for _ in range(3)]
+        assert tree["nested"][1][0].tolist() == [[r + i, r + i + 3] for r in range(world_size) for i in range(3)]
         assert tree["none"].shape == (0, 4)
         for dtype, values in zip(DTYPES, answer["dtypes"], strict=True):
             assert values == [float(torch.tensor(v).to(dtype)) for r in range(world_size) for v in (r, 1)]
