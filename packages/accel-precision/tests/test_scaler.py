@@ -15,6 +15,8 @@ from accel_precision import DynamicLossScaler, NoScaler
 from accel_state.errors import AccelError, CheckpointError, ConfigError
 from accel_state.protocols import LossScaler, Stateful
 
+GOOD = {"scale": 1.0, "growth_tracker": 0, "stepped": False, "found_inf": False}
+
 
 def _parameter(*values: float, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.tensor(values, dtype=dtype))
@@ -177,7 +179,7 @@ def test_update_without_a_step_keeps_the_scale_and_gives_up_what_was_unscaled() 
     _backward(scaler, parameter, bad=True)
     scaler.unscale_(optimizer, _gradients(optimizer))
     scaler.update()
-    assert scaler.state_dict() == {"scale": 16.0, "growth_tracker": 0}
+    assert scaler.state_dict() == {**GOOD, "scale": 16.0}
     optimizer.zero_grad()
     _backward(scaler, parameter)
     assert _step(scaler, optimizer)
@@ -269,20 +271,49 @@ def test_gradients_on_another_device_are_counted_in() -> None:
     assert scaler._unscaled[optimizer].device.type == "meta"
 
 
-@given(scale=st.floats(min_value=2.0**-100, max_value=2.0**100, width=32), tracker=st.integers(0, 10**6))
-def test_state_survives_json_to_the_bit(scale: float, tracker: int) -> None:
-    state = {"scale": scale, "growth_tracker": tracker}
+@given(
+    scale=st.floats(min_value=2.0**-100, max_value=2.0**100, width=32),
+    tracker=st.integers(0, 10**6),
+    stepped=st.booleans(),
+    found_inf=st.booleans(),
+)
+def test_state_survives_json_to_the_bit(scale: float, tracker: int, stepped: bool, found_inf: bool) -> None:
+    state = {"scale": scale, "growth_tracker": tracker, "stepped": stepped, "found_inf": found_inf}
     scaler = DynamicLossScaler()
     scaler.load_state_dict(json.loads(json.dumps(state)))
     assert scaler.state_dict() == state
     assert scaler.get_scale().hex() == scale.hex()
 
 
+@settings(deadline=None, max_examples=40)
+@given(bad=st.lists(st.booleans(), min_size=1, max_size=12), data=st.data())
+def test_resuming_anywhere_continues_as_if_never_interrupted(bad: list[bool], data: st.DataObject) -> None:
+    def train(interrupted_after: int | None, before_update: bool) -> list[float]:
+        scaler = DynamicLossScaler(growth_interval=2)
+        scales = []
+        for index, each in enumerate(bad):
+            optimizer = torch.optim.SGD([_parameter(0.0)], lr=1.0)
+            scaler.unscale_(optimizer, [torch.tensor([math.inf if each else 1.0])])
+            scaler.step(optimizer, lambda: None)
+            for save_here in (True, False):
+                if index == interrupted_after and before_update is save_here:
+                    state = scaler.state_dict()
+                    scaler = DynamicLossScaler(growth_interval=2)
+                    scaler.load_state_dict(json.loads(json.dumps(state)))
+                if save_here:
+                    scaler.update()
+            scales.append(scaler.get_scale())
+        return scales
+
+    interrupted = train(data.draw(st.integers(0, len(bad) - 1)), data.draw(st.booleans()))
+    assert interrupted == train(None, False)
+
+
 def test_loading_forgets_the_window_in_progress_and_the_old_inverse() -> None:
     scaler = DynamicLossScaler(init_scale=16.0)
     optimizer = torch.optim.SGD([_parameter(0.0)], lr=1.0)
     scaler.unscale_(optimizer, [torch.ones(1)])
-    scaler.load_state_dict({"scale": 2.0, "growth_tracker": 0})
+    scaler.load_state_dict({**GOOD, "scale": 2.0})
     gradient = torch.ones(1)
     scaler.unscale_(optimizer, [gradient])
     assert gradient.item() == 0.5
@@ -291,13 +322,15 @@ def test_loading_forgets_the_window_in_progress_and_the_old_inverse() -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "holds nothing, but it must hold `growth_tracker` and `scale`"),
+        ({}, r"holds nothing, but it must hold \['found_inf', 'growth_tracker', 'scale', 'stepped'\]"),
         ({"scale": 1.0}, r"holds \['scale'\]"),
-        ({"scale": -1.0, "growth_tracker": 0}, r"`scale=-1.0`.*damaged"),
-        ({"scale": math.inf, "growth_tracker": 0}, "`scale=inf`"),
-        ({"scale": "1", "growth_tracker": 0}, "`scale='1'`"),
-        ({"scale": 1.0, "growth_tracker": -1}, "`growth_tracker=-1`"),
-        ({"scale": 1.0, "growth_tracker": True}, "`growth_tracker=True`"),
+        ({**GOOD, "scale": -1.0}, r"`scale=-1.0`.*damaged"),
+        ({**GOOD, "scale": 0.0}, r"`scale=0.0`"),
+        ({**GOOD, "scale": math.inf}, "`scale=inf`"),
+        ({**GOOD, "scale": "1"}, "`scale='1'`"),
+        ({**GOOD, "growth_tracker": -1}, "`growth_tracker=-1`"),
+        ({**GOOD, "growth_tracker": True}, "`growth_tracker=True`"),
+        ({**GOOD, "stepped": 1}, "`stepped=1`, which is no such value as False"),
     ],
 )
 def test_a_damaged_state_is_refused(state: dict[str, object], message: str) -> None:

@@ -203,8 +203,19 @@ class DynamicLossScaler:
                 self._set_scale(grown)
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"scale": float, "growth_tracker": int}``: JSON values, from which the scaler is restored to the bit."""
-        return {"scale": self._scale, "growth_tracker": self._growth_tracker}
+        """JSON values from which the scaler is restored to the bit, also between a step and its `update`::
+
+            {"scale": 65536.0, "growth_tracker": 7, "stepped": True, "found_inf": False}
+
+        The last two are what `update` has not been called for yet. Unscaled gradients are not part of it, as gradients
+        are not part of a checkpoint.
+        """
+        return {
+            "scale": self._scale,
+            "growth_tracker": self._growth_tracker,
+            "stepped": self._stepped,
+            "found_inf": self._found_inf,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state that `state_dict` gave. The four settings stay those of this scaler.
@@ -212,22 +223,24 @@ class DynamicLossScaler:
         Raises:
             CheckpointError: if the state is not one of a loss scaler.
         """
-        if set(state_dict) != {"scale", "growth_tracker"}:
+        expected = self.state_dict()
+        if set(state_dict) != set(expected):
             raise CheckpointError(
                 f"The state of the loss scaler holds {sorted(map(str, state_dict)) or 'nothing'}, but it must hold "
-                f"`growth_tracker` and `scale`. Resume from a checkpoint saved with `mixed_precision='fp16'`."
+                f"{sorted(expected)}. Resume from a checkpoint saved with `mixed_precision='fp16'`."
             )
-        scale, tracker = state_dict["scale"], state_dict["growth_tracker"]
-        good_scale = isinstance(scale, float) and math.isfinite(scale) and scale > 0.0
-        if not good_scale or not isinstance(tracker, int) or isinstance(tracker, bool) or tracker < 0:
-            raise CheckpointError(
-                f"The state of the loss scaler holds `scale={scale!r}` and `growth_tracker={tracker!r}`, but they must "
-                f"be a positive float and a count. The checkpoint is damaged: resume from an earlier one."
-            )
-        self._growth_tracker = tracker
-        self._set_scale(scale)
+        for key, value in expected.items():
+            found = state_dict[key]
+            good = type(found) is type(value) and math.isfinite(found) and found >= 0
+            if not good or (key == "scale" and _as_float32(found) < _SMALLEST_SCALE):
+                raise CheckpointError(
+                    f"The state of the loss scaler holds `{key}={found!r}`, which is no such value as {value!r}. "
+                    f"The checkpoint is damaged: resume from an earlier one."
+                )
+        self._set_scale(state_dict["scale"])
+        self._growth_tracker = state_dict["growth_tracker"]
+        self._stepped, self._found_inf = state_dict["stepped"], state_dict["found_inf"]
         self._unscaled.clear()
-        self._stepped = self._found_inf = False
 
     def _set_scale(self, scale: float) -> None:
         scale = _as_float32(scale)
