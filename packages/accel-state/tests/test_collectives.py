@@ -33,7 +33,11 @@ def rank() -> int:
 def gathered() -> dict[str, Any]:
     here = rank()
     rows = torch.full((2, 3), float(here), requires_grad=True)
-    tree = {"rows": rows, "nested": [torch.tensor(here), (torch.arange(6).reshape(2, 3).t() + here,)], "none": torch.empty(0, 4)}
+    tree = {
+        "rows": rows,
+        "nested": [torch.tensor(here), (torch.arange(6).reshape(2, 3).t() + here,)],
+        "none": torch.empty(0, 4),
+    }
     out = gather(tree)
     assert not out["rows"].requires_grad
     assert rows.requires_grad

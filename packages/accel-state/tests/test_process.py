@@ -130,6 +130,26 @@ def test_the_group_ends_with_the_process() -> None:
     assert run_ranks(open_by_address, 2, open_process=False) == [[True, False]] * 2
 
 
+def nothing() -> None: ...
+
+
+def test_ranks_that_end_at_once_do_not_break_the_start_of_others() -> None:
+    for _ in range(10):
+        run_ranks(nothing, 4)
+
+
+def open_twice() -> list[int]:
+    sizes = []
+    for _ in range(2):
+        with Process.open(CPU, environment=rank_environment()):
+            sizes.append(dist.get_world_size())
+    return sizes
+
+
+def test_a_world_can_be_opened_again_at_the_same_store() -> None:
+    assert run_ranks(open_twice, 2, open_process=False) == [[2, 2]] * 2
+
+
 def rank_0_serves(port: int) -> int:
     place = rank_environment()
     environment = ProcessEnvironment(

@@ -111,6 +111,8 @@ def gather_ragged(tree: Any, rows: Sequence[int], *, process: Process | None = N
             )
         return tensor if peers is None else _gather_uneven(tensor, rows)
 
+    if isinstance(tree, torch.Tensor):
+        return gathered(tree)
     return map_tensors(tree, gathered, on_other=_refuse("gather_ragged"))
 
 
@@ -283,6 +285,8 @@ def _gather_uneven(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         filling = tensor.new_zeros((longest - tensor.shape[0], *tensor.shape[1:]))
         tensor = torch.cat([tensor.detach(), filling])
     gathered = _gather_rows(tensor, len(rows))
+    if total == longest * len(rows):
+        return gathered
     if all(count == longest for count in rows[:-1]):
         return gathered[:total]
     return torch.cat([gathered[rank * longest : rank * longest + count] for rank, count in enumerate(rows)])

@@ -188,14 +188,20 @@ class Process:
         if world_size == 1:
             return
         timeout = timedelta(seconds=self.settings.timeout_s)
+        store = store or self._open_store(timeout)
         dist.init_process_group(
             backend=self.settings.backend or self.kind.backend,
-            store=store or self._open_store(timeout),
+            store=store,
             rank=self.topology.rank,
             world_size=world_size,
             timeout=timeout,
             device_id=self.device if self.kind.type == "cuda" else None,
         )
+        try:
+            _meet(store, self.topology.rank, world_size, timeout)
+        except dist.DistError:
+            dist.destroy_process_group()
+            raise
         self._owns_group = True
 
     def _adopt_group(self) -> None:
@@ -239,6 +245,23 @@ class Process:
             ) from error
         # A prefix, so that keys of ours and of a launcher's that shares the store never meet.
         return dist.PrefixStore(f"accel/{environment.attempt}", store)  # type: ignore[attr-defined] # as above
+
+
+def _meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Return when all ranks have joined.
+
+    gloo lets a rank go on while its peers still connect to each other, and one that ends at once would break their
+    start. Rank 0 goes last, since it may serve the store that the others wait at.
+    """
+    joined = store.add("accel/joined", 1)
+    turn = (joined - 1) // world_size  # a store that is given may serve several worlds, one after the other
+    if joined % world_size == 0:
+        store.set(f"accel/all-joined/{turn}", "1")
+    store.wait([f"accel/all-joined/{turn}"], timeout)
+    if rank == 0:
+        store.wait([f"accel/all-gone/{turn}"], timeout)
+    elif store.add("accel/gone", 1) % (world_size - 1) == 0:
+        store.set(f"accel/all-gone/{turn}", "1")
 
 
 _current: Process | None = None
