@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 
 from accel_state.env import snapshot
+from accel_state.testing import leak_guard
 
 MARK = "ACCEL_LAUNCH_TEST"
 TIMEOUT_S = 60.0
 _NOT_INHERITED = ("RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")
+
+
+guard = pytest.fixture(autouse=True)(leak_guard)
 
 
 class Launcher:

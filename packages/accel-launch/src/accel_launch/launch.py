@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,6 +94,8 @@ def _check_script(script: str, options: LaunchOptions, path: str | None) -> None
     if options.module:
         return
     if options.no_python:
+        import shutil  # loads compression modules, which no other launch needs
+
         if shutil.which(script, path=path) is None:
             raise ConfigError(
                 f"`--no-python {script}` was given, but there is no program {script!r} on the PATH or at that path. "
