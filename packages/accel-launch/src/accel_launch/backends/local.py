@@ -42,9 +42,12 @@ def run_local(plan: LaunchPlan, inherited: Mapping[str, str]) -> int:
             run.start(inherited, guard)
             while run.is_running:
                 ready = [key.fileobj for key, _ in selector.select(run.timeout())]
+                # Signals are read before workers are looked at: a SIGCHLD that comes in between stays to wake the
+                # next `select`. The other way round, a worker's end could be read away unseen, and nothing wake it.
+                numbers = signals.read()
                 run.look()
                 run.take(each for each in ready if isinstance(each, Stream))
-                for number in signals.read():
+                for number in numbers:
                     run.on_signal(number)
                 run.advance()
         finally:
