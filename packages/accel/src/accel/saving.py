@@ -234,7 +234,7 @@ class Saving:
         if problem is not None:
             raise CheckpointError(problem)
         if path is None:
-            logger.info("No checkpoint under %s yet: starting from the beginning.", folder)
+            logger.warning("No checkpoint under %s yet: starting from the beginning.", folder)
         return path
 
     def _prune(self, *, automatic: bool) -> None:
