@@ -44,7 +44,7 @@ if rank == 2:
     except ValueError:
         import traceback; traceback.print_exc()
     up()
-    time.sleep(0.3)  # teardown
+    time.sleep(0.3)  # it takes its time to end
     os._exit(3)
 up()
 wait(2)
@@ -60,6 +60,32 @@ raise ConnectionResetError("Connection reset by peer")
     last = done.stderr.splitlines()[-1]
     assert re.match(r"accel launch: rank 2 of 4 failed with exit code 3, running .*script.py\. ", last)
     assert "`--log-dir DIR` keeps them" in last
+
+
+def test_a_cause_that_is_slow_to_end(launcher: Any) -> None:
+    """Taking down process groups may last longer than the others take to notice; the cause is still the cause."""
+    script = launcher.script(
+        PREAMBLE
+        + """
+import atexit
+if rank == 0:
+    wait(1)
+    atexit.register(time.sleep, 20)
+    sys.excepthook = lambda *error: (sys.__excepthook__(*error), up())
+    raise ValueError("the cause")
+up()
+wait(0)
+time.sleep(1.5)
+raise ConnectionError("Connection closed by peer")
+"""
+    )
+    before = time.monotonic()
+    done = launcher.run("--num-processes", "2", script)
+    assert done.returncode == 1
+    assert tracebacks(done.stderr) == 1, done.stderr
+    assert "ValueError: the cause" in done.stderr
+    assert "rank 0 of 2 failed with exit code 1" in done.stderr
+    assert time.monotonic() - before < 15
 
 
 def test_a_real_collective_that_loses_its_peer(launcher: Any) -> None:
@@ -151,9 +177,11 @@ sys.exit(5)
 def test_a_traceback_that_a_living_rank_logs_is_shown(launcher: Any) -> None:
     script = launcher.script("""
 import os, sys, time, traceback
-if os.environ["RANK"] == "1":
+def attempt():
     try: 1 / 0
     except ZeroDivisionError: traceback.print_exc()
+if os.environ["RANK"] == "1":
+    attempt()
     print("and on", file=sys.stderr)
     time.sleep(1.5)
 """)

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel_launch.watch import RELEASE_AFTER_S, StderrWatch
+from accel_launch.watch import FINAL_RELEASE_AFTER_S, RELEASE_AFTER_S, StderrWatch
 
 TRACEBACK = b'Traceback (most recent call last):\n  File "a.py", line 1, in <module>\nValueError: no\n'
+
+LOGGED = b'Traceback (most recent call last):\n  File "a.py", line 4, in load\nValueError: no\n'
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
@@ -49,12 +51,31 @@ def test_a_traceback_behind_a_progress_bar_is_held() -> None:
     assert watch.release() == TRACEBACK
 
 
+def test_a_traceback_that_nobody_caught_waits_longer_for_the_end() -> None:
+    watch = StderrWatch()
+    watch.feed(TRACEBACK, 5.0)
+    assert watch.looks_final
+    assert watch.poll(5.0 + RELEASE_AFTER_S) == b""
+    assert watch.next_poll == 5.0 + FINAL_RELEASE_AFTER_S
+    assert watch.poll(5.0 + FINAL_RELEASE_AFTER_S) == TRACEBACK
+    for whole in (
+        b'[rank0]: Traceback (most recent call last):\n[rank0]:   File "a.py", line 1, in <module>\n',
+        b'Traceback (most recent call last):\n  File "<frozen runpy>", line 198, in _run_module_as_main\n',
+        b'  + Exception Group Traceback (most recent call last):\n  |   File "a.py", line 1, in <module>\n',
+        LOGGED + b"\nDuring handling of the above exception, another exception occurred:\n\n" + TRACEBACK,
+    ):
+        watch.feed(whole, 9.0)
+        assert watch.looks_final
+        watch.release()
+
+
 def test_a_living_process_may_log_tracebacks() -> None:
     watch = StderrWatch()
-    assert watch.feed(b"ERROR\n" + TRACEBACK + b"going on\n", 5.0) == b"ERROR\n"
+    assert watch.feed(b"ERROR\n" + LOGGED + b"going on\n", 5.0) == b"ERROR\n"
+    assert not watch.looks_final
     assert watch.next_poll == 5.0 + RELEASE_AFTER_S
     assert watch.poll(5.5) == b""
-    assert watch.poll(5.0 + RELEASE_AFTER_S) == TRACEBACK + b"going on\n"
+    assert watch.poll(5.0 + RELEASE_AFTER_S) == LOGGED + b"going on\n"
     assert watch.feed(b"more\n", 9.0) == b"more\n"
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["RELEASE_AFTER_S", "StderrWatch"]
+__all__ = ["FINAL_RELEASE_AFTER_S", "RELEASE_AFTER_S", "StderrWatch"]
 
 RELEASE_AFTER_S = 1.0
 """How long a process lives on after a traceback for that to be something it logged."""
+FINAL_RELEASE_AFTER_S = 15.0
+"""The same for a traceback that begins where the program does, as one that nobody caught. Ending takes its time:
+process groups and worker processes are taken down, on a busy machine for seconds."""
 
 _PARTIAL_AFTER_S = 0.05
 """How long an unfinished line waits for its end. A progress bar never ends its line; other ranks' lines may not
@@ -27,6 +30,9 @@ _LAST_WORDS = re.compile(
 _CASCADE = re.compile(
     rb"[Cc]onnection (?:was )?(?:reset|closed|refused)|Broken pipe|DistBackendError|DistNetworkError|recvBytes|"
     rb"KeyboardInterrupt"
+)
+_UNCAUGHT = re.compile(
+    rb"Traceback \(most recent call last\):\r?\n[^\n]*File [^\n]*, in (?:<module>|_run_module_as_main)"
 )
 _LINE_END = re.compile(rb"[\r\n]")
 
@@ -67,14 +73,14 @@ class StderrWatch:
     def poll(self, now: float) -> bytes:
         """What has waited long enough."""
         if self.held_since is not None:
-            return self.release() if now >= self.held_since + RELEASE_AFTER_S else b""
+            return self.release() if now >= self.held_since + self._patience_s else b""
         return self._take_line() if self._line and now >= self._line_since + _PARTIAL_AFTER_S else b""
 
     @property
     def next_poll(self) -> float | None:
         """When `poll` will have something; ``None``: not before it is fed."""
         if self.held_since is not None:
-            return self.held_since + RELEASE_AFTER_S
+            return self.held_since + self._patience_s
         return self._line_since + _PARTIAL_AFTER_S if self._line else None
 
     def flush(self) -> bytes:
@@ -93,9 +99,20 @@ class StderrWatch:
         return held
 
     @property
+    def looks_final(self) -> bool:
+        """Whether what is held back ends the program: it is no traceback of an inner function, which was caught."""
+        return self.held_since is not None and (
+            _UNCAUGHT.search(self._held) is not None or b"Traceback (most" not in self._held
+        )
+
+    @property
     def looks_cascaded(self) -> bool:
         """Whether what is held back speaks of a peer that went away."""
         return _CASCADE.search(self._held) is not None
+
+    @property
+    def _patience_s(self) -> float:
+        return FINAL_RELEASE_AFTER_S if self.looks_final else RELEASE_AFTER_S
 
     def _take_line(self) -> bytes:
         line = bytes(self._line)

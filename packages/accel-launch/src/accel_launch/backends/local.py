@@ -14,7 +14,6 @@ from accel_launch.backends.signals import SignalPipe
 from accel_launch.backends.streams import Stream, write_all
 from accel_launch.backends.worker import Worker
 from accel_launch.plan import LaunchPlan
-from accel_launch.watch import RELEASE_AFTER_S
 
 __all__ = ["run_local"]
 
@@ -22,6 +21,8 @@ _TERMINATE_AFTER_S = 0.7
 """Until a worker that was asked by Ctrl-C, as Python scripts expect it, is asked by SIGTERM."""
 _KILL_AFTER_S = 1.4
 """Until a worker that was asked to end is killed. With it everything is gone within 2 s."""
+_EARLIER_WITHIN_S = 1.0
+"""How long a failure waits for a rank that failed before it and is still on its way out."""
 
 
 def run_local(plan: LaunchPlan, inherited: Mapping[str, str]) -> int:
@@ -66,6 +67,8 @@ class _Run:
         """When the first exit code other than 0 was seen."""
         self._root: Worker | None = None
         """The worker whose failure ended the launch."""
+        self._root_was_ending = False
+        """Whether it was ended before it had ended by itself, so that its exit code is not its own."""
         self._signal: signal.Signals | None = None
         """The signal that ended the launch."""
         self._steps: list[tuple[float, signal.Signals]] = []
@@ -94,9 +97,12 @@ class _Run:
     def timeout(self) -> float | None:
         """Seconds until `advance` has something to do, ``None`` for as long as nothing happens."""
         times = [at for at, _ in self._steps]
+        if self._failed_at is not None and not self._is_stopping:
+            times.append(self._failed_at + _EARLIER_WITHIN_S)
         for worker in self._workers:
             at = worker.watch.next_poll
-            if at is not None and worker.is_alive and not (self._is_stopping and worker.watch.held_since is not None):
+            waits = self._failed_at is not None or self._is_stopping
+            if at is not None and worker.is_alive and not (waits and worker.watch.held_since is not None):
                 times.append(at)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
@@ -129,29 +135,31 @@ class _Run:
     def advance(self) -> None:
         """Do what is due now."""
         now = time.monotonic()
-        if self._failed_at is not None and not self._is_stopping and not self._earlier_is_ending(now):
-            self._stop_others()
+        if self._failed_at is not None and not self._is_stopping:
+            waited = now >= self._failed_at + _EARLIER_WITHIN_S
+            if waited or not self._earlier():
+                self._stop_others()
         for worker in self._workers:
             if worker.watch.held_since is None or not (self._is_stopping or self._failed_at is not None):
                 worker.show(worker.watch.poll(now) if worker.is_alive else b"")
         while self._steps and self._steps[0][0] <= now:
             self._send(self._steps.pop(0)[1])
 
-    def _earlier_is_ending(self, now: float) -> bool:
-        """Whether a rank whose traceback began before the first exit is still on its way out."""
-        assert self._failed_at is not None
-        return any(
-            worker.is_alive
-            and worker.watch.held_since is not None
-            and worker.watch.held_since < self._failed_at
-            and now < worker.watch.held_since + RELEASE_AFTER_S
+    def _earlier(self) -> list[Worker]:
+        """Ranks whose last words began before the first exit, and that are still on their way out."""
+        return [
+            worker
             for worker in self._workers
-        )
+            if worker.is_alive and worker.watch.looks_final and _failed_since(worker)[0] < (self._failed_at or 0.0)
+        ]
 
     def _stop_others(self) -> None:
         """The first failure is known: show its last words, silence the others and end them."""
         failed = [worker for worker in self._workers if worker.exit_code]
+        if all(worker.watch.looks_cascaded for worker in failed):
+            failed += self._earlier()  # slow to end, but the cause
         self._root = min(failed, key=_failed_since)
+        self._root_was_ending = self._root.is_alive
         self._root.show(self._root.watch.release())
         for worker in self._workers:
             worker.muted = worker is not self._root
@@ -159,7 +167,7 @@ class _Run:
 
     def _stop(self, first: signal.Signals) -> None:
         now = time.monotonic()
-        self._num_stopped = sum(worker.is_alive for worker in self._workers)
+        self._num_stopped = sum(worker.is_alive and worker is not self._root for worker in self._workers)
         self._steps = [(now, first), (now + _KILL_AFTER_S, signal.SIGKILL)]
         if first == signal.SIGINT:
             self._steps.insert(1, (now + _TERMINATE_AFTER_S, signal.SIGTERM))
@@ -181,9 +189,11 @@ class _Run:
         if self._signal is not None:
             text, code = describe_interruption(self._plan, self._signal, self._num_stopped), 128 + self._signal
         elif self._root is not None:
-            assert self._root.exit_code is not None
-            text = describe_failure(self._plan, self._root.plan, self._root.exit_code, self._num_stopped)
-            code = self._root.exit_code if self._root.exit_code > 0 else 128 - self._root.exit_code
+            exit_code = self._root.exit_code or 1
+            if self._root_was_ending and exit_code < 0:
+                exit_code = 1  # python's own after a traceback
+            text = describe_failure(self._plan, self._root.plan, exit_code, self._num_stopped)
+            code = exit_code if exit_code > 0 else 128 - exit_code
         else:
             return 0
         if not self._plan.quiet:
