@@ -43,6 +43,8 @@ def gathered() -> dict[str, Any]:
     assert rows.requires_grad
     by_dtype = [gather(torch.tensor([here, 1]).to(dtype)) for dtype in DTYPES]
     assert [each.dtype for each in by_dtype] == DTYPES
+    columns = torch.arange(6, dtype=torch.int16).reshape(2, 3).t()
+    assert torch.equal(gather(columns)[:3], columns)
     return {"tree": out, "dtypes": [each.float().tolist() for each in by_dtype]}
 
 

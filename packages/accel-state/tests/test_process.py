@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch.distributed as dist
 
 from accel_state import ConfigError, DistributedType, MeshShape, Process, ProcessEnvironment, ProcessSettings
 from accel_state.env import Launcher
+from accel_state.process import _meet
 from accel_state.testing import rank_environment, run_ranks
 
 CPU = ProcessSettings(device="cpu")
@@ -136,6 +141,46 @@ def nothing() -> None: ...
 def test_ranks_that_end_at_once_do_not_break_the_start_of_others() -> None:
     for _ in range(10):
         run_ranks(nothing, 4)
+
+
+def test_nobody_goes_on_before_all_have_joined_and_rank_0_goes_last() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    order: list[str] = []
+
+    def join(rank: int) -> None:
+        order.append("joins")
+        _meet(store, rank, 3, timedelta(seconds=20))
+        order.append(f"rank {rank} goes")
+
+    for _ in range(2):  # the same store serves a second world
+        order.clear()
+        ranks = [threading.Thread(target=join, args=(rank,)) for rank in range(3)]
+        for thread in ranks:
+            thread.start()
+            time.sleep(0.05)
+        for thread in ranks:
+            thread.join()
+        assert order[:3] == ["joins"] * 3
+        assert order[5] == "rank 0 goes"
+
+
+def join_slowly() -> float:
+    place = rank_environment()
+
+    def late(*args: Any) -> None:
+        time.sleep(0.5)
+        _meet(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if place.rank == 1:
+            patch.setattr("accel_state.process._meet", late)
+        begin = time.monotonic()
+        with Process.open(CPU, environment=place):
+            return time.monotonic() - begin
+
+
+def test_opening_waits_for_the_slowest() -> None:
+    assert min(run_ranks(join_slowly, 2, open_process=False)) >= 0.45
 
 
 def open_twice() -> list[int]:
