@@ -188,7 +188,7 @@ class Process:
         if world_size == 1:
             return
         timeout = timedelta(seconds=self.settings.timeout_s)
-        store = store or self._open_store(timeout)
+        store = _fresh(store or self._open_store(timeout), world_size)
         dist.init_process_group(
             backend=self.settings.backend or self.kind.backend,
             store=store,
@@ -247,21 +247,25 @@ class Process:
         return dist.PrefixStore(f"accel/{environment.attempt}", store)  # type: ignore[attr-defined] # as above
 
 
+def _fresh(store: Store, world_size: int) -> Store:
+    """A part of the store that no earlier world has written to, since a world may be opened again at the same one."""
+    turn = (store.add("accel/opened", 1) - 1) // world_size
+    return dist.PrefixStore(f"accel/{turn}", store)  # type: ignore[attr-defined]
+
+
 def _meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
     """Return when all ranks have joined.
 
     gloo lets a rank go on while its peers still connect to each other, and one that ends at once would break their
     start. Rank 0 goes last, since it may serve the store that the others wait at.
     """
-    joined = store.add("accel/joined", 1)
-    turn = (joined - 1) // world_size  # a store that is given may serve several worlds, one after the other
-    if joined % world_size == 0:
-        store.set(f"accel/all-joined/{turn}", "1")
-    store.wait([f"accel/all-joined/{turn}"], timeout)
+    if store.add("joined", 1) == world_size:
+        store.set("all-joined", "1")
+    store.wait(["all-joined"], timeout)
     if rank == 0:
-        store.wait([f"accel/all-gone/{turn}"], timeout)
-    elif store.add("accel/gone", 1) % (world_size - 1) == 0:
-        store.set(f"accel/all-gone/{turn}", "1")
+        store.wait(["all-gone"], timeout)
+    elif store.add("gone", 1) == world_size - 1:
+        store.set("all-gone", "1")
 
 
 _current: Process | None = None
