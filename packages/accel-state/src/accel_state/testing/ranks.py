@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RankError", "rank_environment", "run_ranks"]
 
-_PRELOADED = ["torch", "torch.nn.parallel", "numpy", "pytest", "accel_state.testing"]
+_PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "numpy", "pytest", "accel_state.testing"]
 _GRACE_S = 10.0
 """How long a rank that has answered may take to end."""
 
