@@ -26,14 +26,14 @@ def test_every_small_length_is_permuted(make: type) -> None:
         assert sorted(found) == list(range(length)), length
 
 
-@pytest.mark.parametrize("length", [4096, 4097, 65_537, 99_991])
+@pytest.mark.parametrize("length", [16_384, 16_385, 65_537, 99_991])
 def test_larger_lengths_are_permuted(length: int) -> None:
     assert sorted(everything(PermutedOrder(length, seed=1, epoch=0))) == list(range(length))
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    length=st.integers(4097, 1 << 62),
+    length=st.integers(16_385, 1 << 62),
     seed=st.integers(0, (1 << 63) - 1),
     positions=st.lists(st.integers(0, (1 << 62) - 1), min_size=1, max_size=50, unique=True),
 )
@@ -45,9 +45,9 @@ def test_huge_lengths_stay_inside_and_apart(length: int, seed: int, positions: l
 
 
 def test_a_position_does_not_depend_on_its_neighbours() -> None:
-    order = PermutedOrder(10_000, seed=5, epoch=2)
+    order = PermutedOrder(20_000, seed=5, epoch=2)
     whole = everything(order)
-    assert order.at(torch.tensor([[9_999, 0], [1234, 77]])) == [whole[9_999], whole[0], whole[1234], whole[77]]
+    assert order.at(torch.tensor([[19_999, 0], [1234, 77]])) == [whole[19_999], whole[0], whole[1234], whole[77]]
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
@@ -59,10 +59,10 @@ GOLDEN_SMALL = [4, 6, 3, 0, 5, 1, 2, 7]
 GOLDEN_LARGE = [883907028, 189932010, 87363666, 111133389]
 
 
-@pytest.mark.parametrize("length", [50, 5000])
+@pytest.mark.parametrize("length", [50, 20_000])
 def test_seeds_and_epochs_differ(length: int) -> None:
-    orders = [tuple(everything(PermutedOrder(length, seed=s, epoch=e))) for s in range(8) for e in range(8)]
-    assert len(set(orders)) == 64
+    orders = [tuple(everything(PermutedOrder(length, seed=s, epoch=e))) for s in range(4) for e in range(4)]
+    assert len(set(orders)) == 16
 
 
 def chi_square(counts: list[int], expected: list[float]) -> float:
@@ -74,15 +74,15 @@ def chi_square(counts: list[int], expected: list[float]) -> float:
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
 def test_every_permutation_of_few_samples_is_equally_likely(length: int) -> None:
-    trials = 6000
+    trials = 2400
     found = Counter(tuple(everything(PermutedOrder(length, seed=11, epoch=epoch))) for epoch in range(trials))
     every = list(permutations(range(length)))
     assert abs(chi_square([found[each] for each in every], [trials / len(every)] * len(every))) < 4
 
 
-@pytest.mark.parametrize("positions", [(0, 1), (3, 3 + 66), (7, 4000)])
+@pytest.mark.parametrize("positions", [(0, 1), (3, 3 + 142), (7, 19_000)])
 def test_pairs_of_positions_are_spread_evenly(positions: tuple[int, int]) -> None:
-    length, bins, trials = 4100, 10, 6000
+    length, bins, trials = 20_000, 10, 3000
     counts = [0] * bins**2
     for epoch in range(trials):
         first, second = PermutedOrder(length, seed=2, epoch=epoch).at(torch.tensor(positions))

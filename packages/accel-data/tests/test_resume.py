@@ -52,6 +52,9 @@ def makers(counting: Any) -> dict[str, Make]:
         "shuffled_iterable": lambda: DataLoader(ShuffledStream(), batch_size=2),
         "workers": lambda: DataLoader(data, batch_size=4, shuffle=True, **workers),  # type: ignore[arg-type]
         "persistent": lambda: DataLoader(data, batch_size=4, shuffle=True, persistent_workers=True, **workers),  # type: ignore[arg-type]
+        "iterable_one_worker": lambda: DataLoader(
+            counting(LENGTH), batch_size=2, num_workers=1, persistent_workers=True
+        ),
         "iterable_workers": lambda: DataLoader(counting(LENGTH), batch_size=2, **workers),  # type: ignore[arg-type]
         "iterable_persistent": lambda: DataLoader(
             counting(LENGTH),
@@ -62,7 +65,7 @@ def makers(counting: Any) -> dict[str, Make]:
     }
 
 
-SLOW = {"workers", "persistent", "iterable_workers", "iterable_persistent"}
+SLOW = {"iterable_one_worker", "workers", "persistent", "iterable_workers", "iterable_persistent"}
 KINDS = list(makers(None))
 
 
@@ -198,6 +201,25 @@ def test_an_iterable_says_once_that_it_reads_again(world: Any, counting: Any, ca
     assert "at sample 20 of an iterable dataset" in messages[0]
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_read_again_without_collating(num_workers: int, world: Any, counting: Any) -> None:
+    calls = torch.zeros(64, dtype=torch.int64).share_memory_()
+
+    def collate(rows: list[int]) -> torch.Tensor:
+        calls[rows[0]] += 1
+        return torch.tensor(rows)
+
+    def make() -> DataLoader[Any]:
+        return DataLoader(counting(40), batch_size=2, num_workers=num_workers, collate_fn=collate)
+
+    state = world(make, 1).state_after(7, epoch=0)
+    calls.zero_()
+    resumed = world(make, 1)
+    resumed.load(state)
+    assert len(resumed.epoch()) == 13
+    assert calls.sum() == 13
+
+
 class Unrepeatable(Shuffled):
     """Draws from a generator that nobody can seed."""
 
@@ -232,6 +254,7 @@ def test_a_sampler_that_draws_another_order_is_refused_in_the_middle(batched: bo
         ({"cursor": -1}, "has `cursor=-1`, which is not a count"),
         ({"epoch": "1"}, "has `epoch='1'`"),
         ({"seed": None}, "has `seed=None`"),
+        ({"seed": 1 << 63}, "has `seed=9223372036854775808`, which is not a count"),
         ({"batches": True}, "has `batches=True`"),
         ({"order": "permutation"}, "written for a shuffled loader, and it now has a loader in sequential order"),
         ({"order": "of the day"}, "loader of kind 'of the day'"),

@@ -19,7 +19,7 @@ __all__ = ["EpochOrder", "ExplicitOrder", "FeistelPermutation", "PermutedOrder",
 _MASK_64 = (1 << 64) - 1
 _ROUNDS = 6  # even, so that the halves end where they began
 _MAX_SAMPLES = 1 << 62
-_MAX_TABLE = 4096
+_MAX_TABLE = 16384
 
 
 class EpochOrder(Protocol):
@@ -62,7 +62,7 @@ class ExplicitOrder:
 class PermutedOrder:
     """A permutation of ``0 .. num_samples - 1``, keyed by (seed, epoch), evaluated at any position on its own.
 
-    Up to 4,096 samples are sorted by a keyed hash, which makes every permutation equally likely however few
+    Up to 16,384 samples are sorted by a keyed hash, which makes every permutation equally likely however few
     there are; more are permuted by `FeistelPermutation`, without a table. The result depends on integer
     arithmetic only: it is the same on every machine and version of torch.
 

@@ -18,6 +18,7 @@ OrderKind = Literal["sequential", "permutation", "sampler", "batch_sampler", "st
 """What decides the order: the indices, our permutation, the user's sampler or batch sampler, or an iterable."""
 
 _VERSION = 1
+_LIMIT = 1 << 63
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +105,7 @@ def read_position(state: Mapping[str, Any], key: DataKey, *, name: str) -> Posit
 
 def _count(state: Mapping[str, Any], entry: str, name: str) -> int:
     given = state.get(entry)
-    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
+    if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given < _LIMIT:
         raise ConfigError(
             f"The state for {name} has `{entry}={given!r}`, which is not a count from 0, so the place is not known. "
             f"Give a state that its `state_dict` made."
