@@ -150,3 +150,15 @@ def test_no_samples_make_an_empty_epoch(size: int, world: Any, counting: Any) ->
         ranks = world(make, size)
         assert ranks.epoch() == []
         assert ranks.loaders[0].epoch == 1
+
+
+@pytest.mark.parametrize("offset", [0, 13])
+def test_plans_of_many_chunks_have_no_seams(offset: int) -> None:
+    from accel_data.order import SequentialOrder
+    from accel_data.partition import GlobalBatches
+    from accel_data.sampler import SamplePlan
+
+    length = 60_000
+    cut = GlobalBatches(num_samples=length - offset, batch_size=7, world=2, even=False)
+    ranks = [list(SamplePlan(SequentialOrder(length), cut, offset=offset, rank=rank).indices()) for rank in range(2)]
+    assert [each for step in zip(*ranks, strict=True) for ids in step for each in ids] == list(range(offset, length))
