@@ -223,3 +223,12 @@ def adopt() -> bool:
 
 def test_a_group_of_the_script_is_adopted_and_left_open() -> None:
     assert run_ranks(adopt, 2, open_process=False) == [True, True]
+
+
+def test_opening_again_may_ask_for_what_is_there_or_for_nothing() -> None:
+    with Process.open(ProcessSettings(timeout_s=60.0), environment=ProcessEnvironment()) as process:
+        found = process.kind.type  # not asked for above: what this machine has
+        assert Process.open() is process
+        assert Process.open(ProcessSettings(device=found, backend=process.kind.backend)) is process
+        with pytest.raises(ConfigError, match=r"`timeout_s` is 60.0 and 30.0 was given"):
+            Process.open(ProcessSettings(timeout_s=30.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from enum import Enum
 from types import TracebackType
@@ -44,7 +44,7 @@ class DistributedType(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessSettings:
-    """What was asked for when a `Process` was opened. Asking again must ask for the same."""
+    """What is asked for when a `Process` is opened; a default asks for nothing. Later, nothing else may be."""
 
     device: str | None = None
     """Device type; ``None`` for the machine's own."""
@@ -90,7 +90,7 @@ class Process:
     ) -> Process:
         """Join the world. Every rank must call this; it returns when all have.
 
-        Opening again with the same settings gives the same object.
+        Opening again gives the same object, if nothing else than what is there is asked for.
 
         Args:
             settings: what is asked for.
@@ -166,17 +166,18 @@ class Process:
         return f"Process({place}, {self.device}, {self.distributed_type.value}, launcher {launcher})"
 
     def _refuse_other(self, settings: ProcessSettings) -> None:
-        if settings == self.settings:
-            return
+        """Accept what is so already, chosen or found, and what is not asked for; refuse the rest, naming both."""
+        here = replace(self.settings, device=self.kind.type, backend=self.settings.backend or self.kind.backend)
         differing = [
-            f"`{name}` is {getattr(self.settings, name)!r} and {getattr(settings, name)!r} was given"
-            for name in ProcessSettings.__dataclass_fields__
-            if getattr(self.settings, name) != getattr(settings, name)
+            f"`{field.name}` is {getattr(here, field.name)!r} and {asked!r} was given"
+            for field in fields(ProcessSettings)
+            if (asked := getattr(settings, field.name)) not in (field.default, getattr(here, field.name))
         ]
-        raise ConfigError(
-            f"This process is open with other settings: {'; '.join(differing)}. Its device and group are made once. "
-            f"Give the same settings everywhere, or `close()` it first."
-        )
+        if differing:
+            raise ConfigError(
+                f"This process is open with other settings: {'; '.join(differing)}. Its device and group are made "
+                f"once. Give the same settings everywhere, or `close()` it first."
+            )
 
     def _join(self, store: Store | None) -> None:
         world_size = self.topology.world_size
