@@ -8,6 +8,9 @@ Order of events, the reason that it is safe:
    rank raises the same error; what was saved before is untouched.
 4. It writes the manifest, flushes it and the folder, and renames the folder to its final name: the commit.
 5. It flushes the parent folder, and all ranks meet. Only then may older checkpoints be removed.
+
+A folder with contents cannot be replaced by one rename everywhere. So where a checkpoint of that name is there, it
+first steps aside as ``.<name>.previous``; between the two renames it waits there, complete, for `recover`.
 """
 
 from __future__ import annotations
@@ -16,12 +19,11 @@ import os
 import platform
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from accel_parallel.checkpoint.layout import previous_path, recover
+from accel_parallel.checkpoint.layout import discard, previous_path, recover, remove_tree
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, FileRecord, ItemRecord, Manifest
 from accel_parallel.checkpoint.store import Item, sync_to_disk, write_item
 from accel_state.collectives import broadcast_object_list, gather_object
@@ -32,6 +34,11 @@ __all__ = ["save_checkpoint"]
 
 _LIBRARIES = ("accel", "accel-state", "accel-parallel", "torch", "safetensors")
 _Written = tuple[dict[str, ItemRecord], dict[str, FileRecord]]
+_Answer = tuple[int, _Written, str | None]
+
+_FAILURES = (OSError, CheckpointError, RuntimeError, TypeError, ValueError, MemoryError)
+"""What writing may raise, devices and odd states included. A rank that left with any of these instead of reporting it
+would keep its peers waiting."""
 
 
 def save_checkpoint(final: Path, items: Sequence[Item], *, process: Process, step: int, strategy: str) -> Path:
@@ -48,21 +55,27 @@ def save_checkpoint(final: Path, items: Sequence[Item], *, process: Process, ste
         CheckpointError: on every rank, if any could not write; the error names the rank and the reason.
     """
     temporary = Path(_on_main(process, lambda: str(_begin(final))))
-    answers: list[tuple[int, _Written, str | None]] = gather_object(
-        [(process.topology.rank, *_write(temporary, items))], process=process
-    )
-    failures = [f"rank {rank}: {error}" for rank, _, error in answers if error is not None]
-    if failures:
-        if process.topology.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        process.barrier()
-        raise CheckpointError(
-            f"The checkpoint `{final}` could not be written ({'; '.join(failures)}), and nothing of it was kept; "
-            "earlier "
-            f"ones are untouched. Make room or choose another `project_dir`, then save again."
-        )
-    _on_main(process, lambda: _finish(temporary, final, _merge(answers), process, step, strategy))
+    try:
+        answers: list[_Answer] = gather_object([(process.topology.rank, *_write(temporary, items))], process=process)
+        _raise_failures(answers, temporary, final, process)
+        _on_main(process, lambda: _finish(temporary, final, _merge(answers), process, step, strategy))
+    finally:
+        if process.topology.is_main:  # interrupted, or a peer died; after the commit there is no such folder
+            remove_tree(temporary)
     return final
+
+
+def _raise_failures(answers: Sequence[_Answer], temporary: Path, final: Path, process: Process) -> None:
+    failures = [f"rank {rank}: {error}" for rank, _, error in answers if error is not None]
+    if not failures:
+        return
+    if process.topology.is_main:
+        remove_tree(temporary)
+    process.barrier()
+    raise CheckpointError(
+        f"The checkpoint `{final}` could not be written ({'; '.join(failures)}), and nothing of it was kept; earlier "
+        f"ones are untouched. Correct what is named there, or choose another folder, then save again."
+    )
 
 
 def _on_main(process: Process, action: Callable[[], object]) -> str:
@@ -71,13 +84,13 @@ def _on_main(process: Process, action: Callable[[], object]) -> str:
     if process.topology.is_main:
         try:
             outcome = [(str(action()), None)]
-        except (OSError, CheckpointError) as error:
+        except _FAILURES as error:
             outcome = [("", f"{type(error).__name__}: {error}")]
     answer, failure = broadcast_object_list(outcome, process=process)[0]
     if failure is not None:
         raise CheckpointError(
             f"The main process could not commit the checkpoint ({failure}); earlier ones are untouched. "
-            f"Correct that, or choose another `project_dir`, then save again."
+            f"Correct that, or choose another folder, then save again."
         )
     return str(answer)
 
@@ -87,14 +100,16 @@ def _write(temporary: Path, items: Sequence[Item]) -> tuple[_Written, str | None
     files: dict[str, FileRecord] = {}
     try:
         for item in items:
+            if item.name in records:
+                raise CheckpointError(f"Two items are called `{item.name}`. Give each item a name of its own.")
             records[item.name], written = write_item(temporary, item)
             files.update(written)
-    except (OSError, CheckpointError) as error:
+    except _FAILURES as error:
         return ({}, {}), f"{type(error).__name__}: {error}"
     return (records, files), None
 
 
-def _merge(answers: Sequence[tuple[int, _Written, str | None]]) -> _Written:
+def _merge(answers: Sequence[_Answer]) -> _Written:
     items: dict[str, ItemRecord] = {}
     files: dict[str, FileRecord] = {}
     for rank, (records, written), _ in answers:
@@ -114,8 +129,8 @@ def _begin(final: Path) -> Path:
             f"`{final}` exists and is no checkpoint, and writing one there would destroy it. Name another folder."
         )
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(final.parent)
     recover(final)
+    _remove_leftovers(final)
     temporary = final.with_name(f".{final.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
     temporary.mkdir()
     return temporary
@@ -131,41 +146,38 @@ def _finish(temporary: Path, final: Path, written: _Written, process: Process, s
         items=items,
         files=files,
     )
-    try:
-        (temporary / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        sync_to_disk(temporary / MANIFEST_NAME)
-        sync_to_disk(temporary)
-        _publish(temporary, final)
-        sync_to_disk(final.parent)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    (temporary / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    sync_to_disk(temporary / MANIFEST_NAME)
+    sync_to_disk(temporary)
+    _publish(temporary, final)
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    if not final.exists():
-        temporary.rename(final)
-        return
+    """Let the new checkpoint take its name, for good. Only afterwards the one that it replaces may go."""
     if not (final / MANIFEST_NAME).is_file():
-        final.rmdir()  # it was seen to be empty
-        temporary.rename(final)
+        temporary.rename(final)  # nothing is there, or an empty folder
+        sync_to_disk(final.parent)
         return
-    # A folder with contents cannot be replaced in one step everywhere. Between these two renames the old checkpoint
-    # waits, complete, under the name that `recover` looks for.
     previous = previous_path(final)
     final.rename(previous)
-    temporary.rename(final)
-    shutil.rmtree(previous)
+    try:
+        temporary.rename(final)
+    finally:
+        if not final.exists():  # refused or interrupted
+            previous.rename(final)
+    sync_to_disk(final.parent)
+    discard(previous)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _remove_leftovers(final: Path) -> None:
     """Remove temporary folders of processes of this host that are gone, and half-removed checkpoints."""
-    for path in folder.glob(".*.tmp-*"):
-        match = re.fullmatch(r"\..*\.tmp-(.+)-(\d+)-[0-9a-f]{8}", path.name)
+    for path in final.parent.glob(".*.tmp-*"):
+        match = re.fullmatch(r"\..*\.tmp-(.+)-([0-9]+)-[0-9a-f]{8}", path.name)
         if match and match[1] == _host() and not _lives(int(match[2])):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".checkpoint_*.removed"):
-        shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
+    for path in final.parent.glob(".checkpoint_*.removed"):
+        remove_tree(path)
+    remove_tree(final.with_name(f".{final.name}.previous.removed"))
 
 
 def _lives(pid: int) -> bool:
@@ -179,7 +191,10 @@ def _lives(pid: int) -> bool:
 
 
 def _host() -> str:
-    return platform.node() or "localhost"
+    """This host, and this container where it numbers its processes apart: elsewhere a number says nothing."""
+    namespace = Path("/proc/self/ns/pid")
+    apart = f"-{namespace.stat().st_ino}" if namespace.exists() else ""
+    return f"{platform.node() or 'localhost'}{apart}"
 
 
 def _versions() -> Mapping[str, str]:

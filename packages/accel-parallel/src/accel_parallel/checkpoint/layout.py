@@ -12,15 +12,18 @@ from accel_state.errors import CheckpointError, ConfigError
 
 __all__ = [
     "complete_checkpoints",
+    "discard",
     "latest_checkpoint",
     "next_number",
     "numbered_path",
     "previous_path",
     "prune",
     "recover",
+    "remove_tree",
 ]
 
-_NUMBERED = re.compile(r"checkpoint_(\d+)")
+_NUMBERED = re.compile(r"checkpoint_([0-9]+)")
+_ASIDE = re.compile(r"\.(checkpoint_([0-9]+))\.previous")
 
 
 def numbered_path(folder: Path, number: int) -> Path:
@@ -34,13 +37,37 @@ def previous_path(final: Path) -> Path:
 
 
 def recover(final: Path) -> None:
-    """Put back the checkpoint that a crash left aside while another was taking its name. Main process only."""
+    """Put back the checkpoint that a crash left aside while another was taking its name. Main process only.
+
+    Where the other one took it, the one aside goes. A folder that is neither, such as one with files of somebody
+    else's, is left alone, and so is the checkpoint aside.
+    """
     previous = previous_path(final)
-    if previous.is_dir():
-        if final.exists():
-            shutil.rmtree(previous)
-        else:
-            previous.rename(final)
+    if not (previous / MANIFEST_NAME).is_file():
+        return
+    if (final / MANIFEST_NAME).is_file():
+        discard(previous)
+    elif not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        previous.rename(final)  # also in place of an empty folder, which a restarted script may have made
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint: out of sight by one rename first, since half of one must never look whole.
+
+    What cannot be removed then waits under a hidden name for the next save, which tries again.
+    """
+    hidden = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+    remove_tree(hidden)
+    folder.rename(hidden)
+    remove_tree(hidden)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder, or a link to one, as far as possible."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -56,15 +83,23 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest number; ``None`` where nothing was saved yet.
+    """The complete checkpoint with the highest number; ``None`` where nothing was saved yet. Main process only.
+
+    One that a crash left aside while another was taking its name is put back first.
 
     Raises:
         CheckpointError: if there are numbered folders and none is complete, which no save leaves behind.
     """
+    if not folder.is_dir():
+        return None
+    for path in list(folder.iterdir()):
+        aside = _ASIDE.fullmatch(path.name)
+        if aside:
+            recover(folder / aside[1])
     complete = complete_checkpoints(folder)
     if complete:
         return complete[-1][1]
-    broken = sorted(path.name for path in folder.glob("checkpoint_*") if path.is_dir()) if folder.is_dir() else []
+    broken = sorted(path.name for path in folder.iterdir() if _NUMBERED.fullmatch(path.name) and path.is_dir())
     if broken:
         raise CheckpointError(
             f"`{folder}` holds {', '.join(broken)}, and none of them has a `{MANIFEST_NAME}`, so none is complete. "
@@ -77,7 +112,9 @@ def next_number(folder: Path) -> int:
     """One more than any number in use, complete or not, so that no name is taken twice after a resume."""
     if not folder.is_dir():
         return 0
-    numbers = [int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
+    names = [path.name for path in folder.iterdir()]
+    numbers = [int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))]
+    numbers += [int(match[2]) for name in names if (match := _ASIDE.fullmatch(name))]
     return max(numbers, default=-1) + 1
 
 
@@ -101,10 +138,5 @@ def prune(folder: Path, *, total_limit: int, keep: Iterable[Path] = ()) -> list[
     complete = [path for _, path in complete_checkpoints(folder)]
     surplus = [path for path in complete[: max(0, len(complete) - total_limit)] if path.resolve() not in protected]
     for path in surplus:
-        # Out of sight by one rename first: a half-removed folder must never look like a checkpoint.
-        hidden = path.with_name(f".{path.name}.removed")
-        if hidden.exists():
-            shutil.rmtree(hidden)
-        path.rename(hidden)
-        shutil.rmtree(hidden)
+        discard(path)
     return surplus
