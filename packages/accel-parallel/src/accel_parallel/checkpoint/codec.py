@@ -6,7 +6,8 @@ cannot hold is written as a dict of one key that begins with ``$``:
 ==================  =========================================================
 ``{"$tensor": k}``  tensor number *k* of the file beside it
 ``{"$tuple": [..]}``  a tuple
-``{"$set": [..]}``  a set or frozenset, sorted
+``{"$set": [..]}``  a set, in an order of its own
+``{"$frozenset": [..]}``  a frozenset, likewise
 ``{"$dict": [[k, v], ..]}``  a dict whose keys are not all strings, or begin with ``$``
 ``{"$counter": [[k, v], ..]}``  a ``collections.Counter`` (schedulers keep milestones in one)
 ``{"$float": "nan"}``  ``nan``, ``inf`` or ``-inf``
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,14 @@ import torch
 from accel_state.errors import CheckpointError
 
 __all__ = ["decode", "encode"]
+
+_CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
+    "$tuple": tuple,
+    "$set": set,
+    "$frozenset": frozenset,
+    "$dict": dict,
+    "$counter": lambda pairs: Counter(dict(pairs)),
+}
 
 
 def encode(tree: Any, *, item: str) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -49,9 +58,14 @@ def encode(tree: Any, *, item: str) -> tuple[Any, dict[str, torch.Tensor]]:
 def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, np.bool_):
+        return bool(value)
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach()
-        return {"$tensor": path}
+        key = path
+        while key in tensors:  # {"a.b": ..., "a": {"b": ...}} spells one path twice
+            key += "'"
+        tensors[key] = value.detach()
+        return {"$tensor": key}
     if isinstance(value, (int, np.integer)):
         return int(value)
     if isinstance(value, (float, np.floating)):
@@ -65,7 +79,8 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         members = [_encode(member, f"{path}.{index}", tensors) for index, member in enumerate(value)]
         return members if isinstance(value, list) else {"$tuple": members}
     if isinstance(value, (set, frozenset)):
-        return {"$set": [_encode(member, path, tensors) for member in sorted(value)]}
+        mark = "$set" if isinstance(value, set) else "$frozenset"
+        return {mark: [_encode(member, path, tensors) for member in sorted(value, key=repr)]}
     raise CheckpointError(
         f"`{path}` is a {type(value).__module__}.{type(value).__qualname__}, and a checkpoint holds JSON values and "
         "tensors "
@@ -75,14 +90,14 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 def _encode_mapping(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, Counter):
-        return {"$counter": [[_encode(key, path, tensors), count] for key, count in value.items()]}
+        return {"$counter": [_encode_pair(key, count, path, tensors) for key, count in value.items()]}
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
         return {key: _encode(member, f"{path}.{key}", tensors) for key, member in value.items()}
-    return {
-        "$dict": [
-            [_encode(key, path, tensors), _encode(member, f"{path}.{key}", tensors)] for key, member in value.items()
-        ]
-    }
+    return {"$dict": [_encode_pair(key, member, path, tensors) for key, member in value.items()]}
+
+
+def _encode_pair(key: Any, member: Any, path: str, tensors: dict[str, torch.Tensor]) -> list[Any]:
+    return [_encode(key, path, tensors), _encode(member, f"{path}.{key}", tensors)]
 
 
 def decode(value: Any, tensors: Mapping[str, torch.Tensor], *, item: str) -> Any:
@@ -108,16 +123,15 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor], *, item: str) -> Any
     if mark == "$float":
         return float(content)
     if mark == "$dtype":
-        return getattr(torch, content)
-    members = decode(content, tensors, item=item)
-    if mark == "$tuple":
-        return tuple(members)
-    if mark == "$set":
-        return set(members)
-    if mark == "$dict":
-        return dict(members)
-    if mark == "$counter":
-        return Counter(dict(members))
+        dtype = getattr(torch, content, None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(
+                f"`{item}` holds the dtype `{content}`, which this torch ({torch.__version__}) does not know. "
+                f"Read it with the version that wrote it."
+            )
+        return dtype
+    if mark in _CONTAINERS:
+        return _CONTAINERS[mark](decode(content, tensors, item=item))
     raise CheckpointError(
         f"`{item}` holds the mark `{mark}`, which this version does not know. Read it with the version that wrote it."
     )

@@ -17,6 +17,7 @@ __all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "ItemRecord", "Manif
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 22
+_SEAL = "xxh3_128"
 
 
 def checksum(path: Path) -> str:
@@ -26,6 +27,12 @@ def checksum(path: Path) -> str:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _seal(data: Mapping[str, Any]) -> str:
+    """Checksum of values, whatever the white space around them."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +70,9 @@ class Manifest:
     version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """The text of the file."""
-        return json.dumps({"format": "accel-checkpoint", **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        """The text of the file, which ends in a checksum of itself."""
+        data = {"format": "accel-checkpoint", **asdict(self)}
+        return json.dumps({**data, _SEAL: _seal(data)}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -76,7 +84,7 @@ class Manifest:
         path = folder / MANIFEST_NAME
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(
                 f"`{folder}` holds no `{MANIFEST_NAME}`, so it is no complete checkpoint: a save ends by writing "
                 "that file. "
@@ -96,6 +104,11 @@ class Manifest:
             raise CheckpointError(
                 f"`{path}` has format version {data.get('version')!r}, and this accel-parallel reads {FORMAT_VERSION}. "
                 f"Install the version that wrote it: {data.get('libraries')}."
+            )
+        if data.get(_SEAL) != _seal({key: value for key, value in data.items() if key != _SEAL}):
+            raise CheckpointError(
+                f"`{path}` is damaged: its checksum differs, so what the checkpoint holds is not known. "
+                f"Load another checkpoint."
             )
         try:
             manifest = cls(

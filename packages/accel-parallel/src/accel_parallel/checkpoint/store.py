@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from accel_parallel.checkpoint.codec import decode, encode
-from accel_parallel.checkpoint.manifest import FileRecord, ItemRecord, Manifest, checksum
-from accel_state.errors import CheckpointError
+from accel_parallel.checkpoint.manifest import MANIFEST_NAME, FileRecord, ItemRecord, Manifest, checksum
+from accel_state.errors import CheckpointError, ConfigError
 
 __all__ = ["Checkpoint", "Item", "sync_to_disk", "write_item"]
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_RESERVED = "__metadata__"
+"""A key that safetensors keeps for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +35,20 @@ class Item:
     state: Any
     """Nested JSON values and tensors. A flat dict of tensors becomes one safetensors file with those keys."""
 
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or f"{self.name}.json" == MANIFEST_NAME:
+            raise ConfigError(
+                f"An item is called {self.name!r}, which cannot be the stem of its files: letters, digits, `_`, `-` "
+                f"and inner dots can, and `manifest` is taken. Give it another name."
+            )
+
     @property
     def is_flat(self) -> bool:
         """Whether it is a dict of tensors and nothing else, so that any safetensors reader can use its file."""
-        return isinstance(self.state, Mapping) and bool(self.state) and all(map(torch.is_tensor, self.state.values()))
+        state = self.state
+        if not isinstance(state, Mapping) or not state or _RESERVED in state:
+            return False
+        return all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
 
 
 def sync_to_disk(path: Path) -> None:
@@ -56,6 +71,8 @@ def write_item(folder: Path, item: Item) -> tuple[ItemRecord, dict[str, FileReco
         tree, tensors = None, {name: tensor.detach() for name, tensor in item.state.items()}
     else:
         tree, tensors = encode(item.state, item=item.name)
+    for name, tensor in tensors.items():
+        _refuse_unstorable(item, name, tensor)
     files: list[str] = []
     distinct, aliases = _split_tied(tensors)
     if distinct:
@@ -74,13 +91,29 @@ def write_item(folder: Path, item: Item) -> tuple[ItemRecord, dict[str, FileReco
     return ItemRecord(item.kind, tuple(files), aliases), records
 
 
+def _refuse_unstorable(item: Item, name: str, tensor: torch.Tensor) -> None:
+    problem = None
+    if tensor.is_meta:
+        problem = "is on the meta device and has no values"
+    elif tensor.layout is not torch.strided:
+        problem = f"has the layout {tensor.layout}, and files hold dense tensors"
+    elif tensor.dtype is torch.complex128 or tensor.is_quantized:
+        problem = f"is {tensor.dtype}, which files cannot hold"
+    if problem is not None:
+        raise CheckpointError(
+            f"The tensor `{name}` of `{item.name}` {problem}. Let `state_dict()` return it as a dense tensor with "
+            f"values, for example `tensor.to_dense()` or `torch.view_as_real(tensor)`."
+        )
+
+
 def _split_tied(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """One entry for each tensor that is the same memory under several names; views of it become copies."""
     distinct: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
-    for name, tensor in tensors.items():
+    for name, lazy in tensors.items():
+        tensor = lazy.resolve_conj().resolve_neg()  # files hold the bytes, and such views are only flagged
         storage = tensor.untyped_storage().data_ptr()
         place = (
             storage,
