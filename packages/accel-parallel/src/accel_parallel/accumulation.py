@@ -16,6 +16,7 @@ micro-batches, or items in each (invariant 2):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Literal
@@ -39,6 +40,7 @@ class Window:
         "_reference",
         "divisor",
         "fresh",
+        "holds",
         "micro_steps",
         "parameters",
         "pending",
@@ -55,6 +57,8 @@ class Window:
         """Whether gradients of this window wait for a step."""
         self.fresh = False
         """Whether the current micro-batch has been through backward."""
+        self.holds = False
+        """Whether any micro-batch of this window has. Older gradients, of a window that nobody stepped, may go."""
         self.divisor = 1
         """What the mean over micro-batches divides each loss by."""
         self._kind: Literal["micro-batches", "items"] | None = None
@@ -64,7 +68,7 @@ class Window:
     @property
     def accumulating(self) -> bool:
         """Whether gradients of earlier micro-batches of this window must outlive a ``zero_grad()``."""
-        return self.pending and not (self.sync and self.fresh)
+        return self.pending and self.holds and not (self.sync and self.fresh)
 
     @property
     def unfinished(self) -> int:
@@ -75,6 +79,7 @@ class Window:
         """A micro-batch begins, after which the epoch has `remaining` more (``None``: not known, or no epoch)."""
         if self.sync:
             self.micro_steps, self._kind, self._items, self._reference = 0, None, None, None
+            self.holds = False
             self.divisor = num_steps if remaining is None else min(num_steps, remaining + 1)
         self.micro_steps += 1
         self.sync = self.micro_steps >= num_steps or remaining == 0
@@ -86,7 +91,7 @@ class Window:
 
     def use(self, kind: Literal["micro-batches", "items"]) -> None:
         """Note how this window is divided; one window is divided one way."""
-        if self._kind is not None and self._kind != kind and self.pending:
+        if self._kind is not None and self._kind != kind and self.holds:
             raise ConfigError(
                 f"`backward` was called {'with' if kind == 'items' else 'without'} `num_items` in an accumulation "
                 f"window that began {'without' if kind == 'items' else 'with'} it, so its gradients have no common "
@@ -188,8 +193,8 @@ class Accumulation:
             num_items: items that `loss` sums over on this rank, a number or a scalar tensor.
 
         Raises:
-            ConfigError: if one window mixes both forms, or `num_items` is negative or comes without `accumulate`
-                although a window has several micro-batches.
+            ConfigError: if one window mixes both forms, or `num_items` is no count (a negative one on an accelerator
+                is not seen) or comes without `accumulate` although a window has several micro-batches.
         """
         if self._inside:
             for window in self._active:
@@ -205,8 +210,7 @@ class Accumulation:
     def after_backward(self) -> None:
         """Backward ran. Where it ended a window, its gradients get their final scale now."""
         for window in self._active:
-            window.pending = True
-            window.fresh = True
+            window.pending = window.fresh = window.holds = True
             if window.sync and self._inside:
                 if window.counts_items:
                     self._reference = window.correct_items(self.strategy)
@@ -271,14 +275,23 @@ class Scope:
 
 def _as_count(num_items: int | float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     if isinstance(num_items, torch.Tensor):
+        # A count on an accelerator is believed: looking at it would wait for the device in every step.
+        seen = num_items.device.type == "cpu" and num_items.dim() == 0
+        known: int | float = num_items.item() if seen else 0
         count = num_items.detach().to(device=loss.device)
-    else:
-        if num_items < 0:
-            raise ConfigError(
-                f"`num_items={num_items}` is negative, and a loss sums over no fewer than zero items. "
-                f"Pass how many items (tokens, samples) the loss is the sum of on this process."
-            )
+    elif isinstance(num_items, (int, float)):
+        known = num_items
         count = torch.tensor(num_items, device=loss.device)
+    else:
+        raise ConfigError(
+            f"`num_items` is a {type(num_items).__name__}, but one loss has one count. Pass a number or a scalar "
+            f"tensor, such as `(labels != -100).sum()`."
+        )
+    if not 0 <= known < math.inf:
+        raise ConfigError(
+            f"`num_items={known}` is no count: a loss sums over zero items or more. "
+            f"Pass how many items (tokens, samples) the loss is the sum of on this process."
+        )
     if count.dim() != 0:
         raise ConfigError(
             f"`num_items` has shape {tuple(count.shape)}, but one loss has one count. Pass a number or a scalar "

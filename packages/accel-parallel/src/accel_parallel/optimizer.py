@@ -52,9 +52,16 @@ class PreparedOptimizer(Optimizer):
         """Step if the window ends with this micro-batch; otherwise do nothing.
 
         Raises:
-            ConfigError: for a `closure` under loss scaling, which would need every one of its backwards scaled.
+            ConfigError: for a `closure` under loss scaling, which would need every one of its backwards scaled, or in
+                a window of several micro-batches, of which it sees the last one only.
         """
         window = self.window
+        if closure is not None and (window.micro_steps > 1 or not window.sync):
+            raise ConfigError(
+                "`step(closure)` was called in an accumulation window of several micro-batches, and a closure that "
+                "is evaluated anew knows nothing of the earlier ones. Set `gradient_accumulation_steps=1`, or call "
+                "`backward` and `step()` without a closure."
+            )
         if not window.sync:
             return
         scaler = self._scaler

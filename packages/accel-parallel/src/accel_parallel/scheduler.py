@@ -49,7 +49,7 @@ class PreparedScheduler:
         return sum(optimizer.steps_taken for optimizer in self._optimizers)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "scheduler":
+        if name == "scheduler" or name.startswith("__"):  # not set yet, or asked by copying: never the wrapped one's
             raise AttributeError(name)
         return getattr(self.scheduler, name)
 
