@@ -99,7 +99,13 @@ class SingleStrategy:
 
     def optimizer_state(self, optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> OptimizerState:
         groups = [
-            {**group, "params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups
+            {
+                **group,
+                "params": [names[parameter] for parameter in group["params"]],
+                "param_shapes": [list(parameter.shape) for parameter in group["params"]],
+                "param_dtypes": [parameter.dtype for parameter in group["params"]],
+            }
+            for group in optimizer.param_groups
         ]
         state = {names[parameter]: dict(entries) for parameter, entries in optimizer.state.items()}
         return OptimizerState(state=state, groups=groups)
@@ -117,17 +123,20 @@ class SingleStrategy:
         for present, saved in zip(optimizer.param_groups, state.groups, strict=True):
             ours = [names[parameter] for parameter in present["params"]]
             _refuse_other_names("a parameter group of the optimizer", set(ours), set(saved["params"]))
+            _refuse_other_parameters(dict(zip(ours, present["params"], strict=True)), saved)
             for name in ours:
                 position[name] = len(position)
         offset, groups = 0, []
         for present, saved in zip(optimizer.param_groups, state.groups, strict=True):
             count = len(present["params"])
-            groups.append({**saved, "params": list(range(offset, offset + count))})
+            settings = {key: value for key, value in saved.items() if key not in ("param_shapes", "param_dtypes")}
+            groups.append({**settings, "params": list(range(offset, offset + count))})
             offset += count
         _refuse_other_names("the optimizer", set(position), set(state.state) | set(position))
         optimizer.load_state_dict(
             {"state": {position[name]: entries for name, entries in state.state.items()}, "param_groups": groups}
         )
+        _restore_dtypes(optimizer, names, state)
 
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return self.model_state(model)
@@ -145,6 +154,26 @@ def _is_tensor(name: str, value: object) -> bool:
         f"`{name}` in the model's state is a {type(value).__name__}, and a checkpoint holds tensors there. "
         f"Return a tensor from `get_extra_state`, or register the object with `register_for_checkpointing`."
     )
+
+
+def _refuse_other_parameters(present: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> None:
+    for name, shape, dtype in zip(saved["params"], saved["param_shapes"], saved["param_dtypes"], strict=True):
+        ours = present[name]
+        if list(ours.shape) != list(shape) or ours.dtype != dtype:
+            raise CheckpointError(
+                f"The optimizer's state of `{name}` belongs to a parameter of shape {tuple(shape)} and {dtype}, and "
+                f"here it has shape {tuple(ours.shape)} and {ours.dtype}. Build the model as it was when the "
+                f"checkpoint was written."
+            )
+
+
+def _restore_dtypes(optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: OptimizerState) -> None:
+    """torch's `load_state_dict` rounds entries to the dtype of their parameter; take those that it changed anew."""
+    for parameter, entries in optimizer.state.items():
+        for key, value in state.state[names[parameter]].items():
+            present = entries.get(key)
+            if isinstance(present, torch.Tensor) and isinstance(value, torch.Tensor) and present.dtype != value.dtype:
+                entries[key] = value.to(present.device, copy=True)
 
 
 def _refuse_other_names(what: str, present: set[str], saved: set[str]) -> None:

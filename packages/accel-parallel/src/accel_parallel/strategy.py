@@ -47,7 +47,7 @@ class OptimizerState:
     state: dict[str, dict[str, Any]]
     """For each parameter name, its entries, such as ``exp_avg``: tensors on the parameter's device, or numbers."""
     groups: list[dict[str, Any]]
-    """Hyperparameters of each group; ``params`` lists the names."""
+    """Hyperparameters of each group; ``params`` lists names, ``param_shapes`` and ``param_dtypes`` what these are."""
 
 
 class Strategy(Protocol):
