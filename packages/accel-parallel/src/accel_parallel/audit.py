@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,10 +14,10 @@ __all__ = ["audit_model", "audit_optimizer"]
 
 
 def audit_model(model: nn.Module, *, name: str, prepared: Iterable[nn.Module]) -> None:
-    """Refuse a model that is prepared already or holds parameters without data.
+    """Refuse a model that is prepared already or holds parameters or buffers without data.
 
     Raises:
-        ConfigError: naming the model and the parameter.
+        ConfigError: naming the model and the tensor.
     """
     for other in prepared:
         if other is model:
@@ -24,11 +25,10 @@ def audit_model(model: nn.Module, *, name: str, prepared: Iterable[nn.Module]) -
                 f"{name} ({type(model).__name__}) is prepared already; wrapping it again would average its gradients "
                 f"twice. Call `prepare` once a model, and use what it returned."
             )
-    for key, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
             raise ConfigError(
-                f"`{key}` of {name} ({type(model).__name__}) is on the meta device: it has a shape and no values to "
-                "train. "
+                f"`{key}` of {name} ({type(model).__name__}) is on the meta device: it has a shape and no values. "
                 f"Load its weights first, for example with `load_state_dict(..., assign=True)`."
             )
 

@@ -54,6 +54,13 @@ class DistributedDataParallelKwargs:
     """Further arguments of PowerSGD's state, such as ``matrix_approximation_rank``."""
 
     def __post_init__(self) -> None:
+        for name in ("comm_hook", "comm_wrapper"):
+            object.__setattr__(self, name, _hook_type(name, getattr(self, name)))
+        if self.bucket_cap_mb is not None and not self.bucket_cap_mb > 0:
+            raise ConfigError(
+                f"`bucket_cap_mb={self.bucket_cap_mb}` leaves no room for a gradient. Give a positive number of MiB, "
+                f"or leave it out for torch's own choice."
+            )
         powers = (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD)
         if self.comm_wrapper in powers:
             raise ConfigError(
@@ -66,6 +73,16 @@ class DistributedDataParallelKwargs:
                 f"`comm_hook={self.comm_hook.value!r}`, "
                 f"which keeps no state. Leave it out, or set `comm_hook` to power_sgd or batched_power_sgd."
             )
+
+
+def _hook_type(name: str, value: DDPCommunicationHookType | str) -> DDPCommunicationHookType:
+    try:
+        return DDPCommunicationHookType(value)
+    except ValueError:
+        raise ConfigError(
+            f"`{name}={value!r}` is no way to exchange gradients. "
+            f"Use one of {', '.join(each.value for each in DDPCommunicationHookType)}."
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
