@@ -9,9 +9,10 @@ micro-batches, or items in each (invariant 2):
 * ``scale_loss(loss_sum, num_items)`` takes each item (a token, a sample) as one. Let :math:`L_{rm}` be the sum over the
   :math:`n_{rm}` items of rank *r*, micro-batch *m*; wanted is :math:`\\nabla \\sum L_{rm} / \\sum n_{rm}`. The
   denominator is known when the window ends, so each loss is first multiplied by ``ranks / reference``, with a
-  reference that all ranks share (the items of the window before), to stay within the range of float16; averaging over
-  the ranks in backward divides by ``ranks`` again; and at the end gradients are multiplied by
-  ``reference / total``.
+  reference that all ranks share (about the items of the window before), to stay within the range of float16; averaging
+  over the ranks in backward divides by ``ranks`` again; and at the end gradients are multiplied by
+  ``reference / total``. The reference is a power of two, so that it changes no digit of a gradient: a run resumed with
+  another one gives the same bits.
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ class Window:
         self.sync = self.micro_steps >= num_steps or remaining == 0
         self.fresh = False
 
+    def restart(self) -> None:
+        """Forget a window that is not finished, and with it what its gradients stood for."""
+        self.micro_steps, self.sync, self.pending, self.fresh = 0, True, False, False
+        self._kind, self._items, self._reference = None, None, None
+
     def taken(self) -> None:
         """The optimizer stepped, or its step was skipped: the window's gradients are spent."""
         self.pending = False
@@ -146,7 +152,7 @@ class Accumulation:
         self._everything: tuple[Window, ...] = self._active
         self._inside = False
         self._reference: torch.Tensor | None = None
-        """Items of the window that ended last, over all ranks: the scale of the next one's losses."""
+        """About the items of the window that ended last, over all ranks: the scale of the next one's losses."""
 
     def bind(self, parameters: Iterable[torch.Tensor]) -> Window:
         """A window for an optimizer of these parameters."""
@@ -166,9 +172,19 @@ class Accumulation:
         return not any(window.pending for window in self._everything)
 
     @property
+    def windows(self) -> tuple[Window, ...]:
+        """One an optimizer; a single one that is nobody's where there is none."""
+        return self._everything
+
+    @property
     def unfinished(self) -> int:
         """Most micro-batches of a window that a run resumed from now would have to repeat."""
         return max(window.unfinished for window in self._everything)
+
+    def restart(self) -> None:
+        """Forget all windows that are not finished. Called when another state was restored."""
+        for window in self._everything:
+            window.restart()
 
     def windows_of(self, parameters: Iterable[torch.Tensor]) -> tuple[Window, ...]:
         """The windows that own any of these parameters; all of them where none does."""
@@ -213,7 +229,7 @@ class Accumulation:
             window.pending = window.fresh = window.holds = True
             if window.sync and self._inside:
                 if window.counts_items:
-                    self._reference = window.correct_items(self.strategy)
+                    self._reference = _power_of_two(window.correct_items(self.strategy))
                 else:
                     window.correct_mean()
 
@@ -239,7 +255,7 @@ class Accumulation:
             # A window of one micro-batch: its total is known before backward, and no gradient needs correcting.
             return loss * (ranks / _at_least_one(self.strategy.sum_over_data(num_items)))
         if self._reference is None:
-            self._reference = _at_least_one(self.strategy.sum_over_data(num_items))
+            self._reference = _power_of_two(_at_least_one(self.strategy.sum_over_data(num_items)))
         references = [window.add_items(num_items, self._reference) for window in self._active]
         if any(reference is not references[0] for reference in references):
             raise ConfigError(
@@ -305,6 +321,12 @@ def _as_count(num_items: int | float | torch.Tensor, loss: torch.Tensor) -> torc
 def _at_least_one(total: torch.Tensor) -> torch.Tensor:
     """A window without any item has gradients of zero, not of 0 / 0."""
     return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _power_of_two(total: torch.Tensor) -> torch.Tensor:
+    """The least power of two above a positive number."""
+    _, exponent = torch.frexp(total)
+    return torch.ldexp(torch.ones_like(total), exponent)
 
 
 def _multiply(parameters: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
