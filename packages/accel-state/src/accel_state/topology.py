@@ -82,6 +82,8 @@ class Topology:
     """Number of this node."""
     mesh: MeshShape | None = field(default=None)
     """How the world is divided; by default all of it is ``dp_replicate``."""
+    data_rank: int = field(init=False, repr=False, compare=False)
+    """Which part of each global batch this rank reads. Peers along tp, cp, sp and pp share it."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "local_world_size"):
@@ -107,6 +109,8 @@ class Topology:
                 f"`{self.mesh}` needs {self.mesh.size} processes, but the world has {self.world_size}. "
                 f"Change an axis so that the product is {self.world_size}, or launch {self.mesh.size} processes."
             )
+        data_rank = self.coord("dp_replicate") * self.shape.dp_shard + self.coord("dp_shard")
+        object.__setattr__(self, "data_rank", data_rank)  # asked at every gather, so settled here
 
     @property
     def shape(self) -> MeshShape:
@@ -147,11 +151,6 @@ class Topology:
         stride = self.stride(axis)
         first = self.rank - self.coord(axis) * stride
         return tuple(first + index * stride for index in range(self.shape.size_of(axis)))
-
-    @property
-    def data_rank(self) -> int:
-        """Which part of each global batch this rank reads. Peers along tp, cp, sp and pp share it."""
-        return self.coord("dp_replicate") * self.shape.dp_shard + self.coord("dp_shard")
 
     @property
     def data_world_size(self) -> int:
