@@ -42,10 +42,10 @@ def gather_for_metrics(tree: Any, *, info: BatchInfo | None, process: Process, u
         if info.may_pad:
             _refuse(tree, info.rows[rank])
         return gather(tree, process=process)
-    if min(info.rows) != max(info.rows):
-        gathered = gather_ragged(tree, info.rows, process=process)
-    else:
+    if info.rows.count(info.rows[0]) == len(info.rows):
         gathered = gather(tree, process=process)
+    else:
+        gathered = gather_ragged(tree, info.rows, process=process)
     if info.real_rows == info.rows:
         return gathered
     keep = _real_indices(info)
