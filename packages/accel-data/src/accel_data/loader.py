@@ -74,6 +74,8 @@ class ShardedLoader:
         self._data_world_size = data_world_size
         self._progress = _Progress(Position(seed=seed))
         self._skip = 0
+        self._origin: ShardedLoader | None = None
+        """The loader that `skip_first` made this one of: observers are told of that one, whose place it is."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "user_loader" not in self.__dict__:
@@ -150,11 +152,12 @@ class ShardedLoader:
         """This rank's batches of the rest of the epoch. Every rank must iterate where the order is a sampler's."""
         run = self._begin()
         observer, progress, shared = self.observer, self._progress, self._inner.persistent_workers
+        told = self if self._origin is None else self._origin
         mover = self._mover()
         gave_up = True
         try:
             if observer is not None:
-                observer.loader_started(self)
+                observer.loader_started(told)
             batches = iter(run.batches())
             while True:
                 try:
@@ -170,7 +173,7 @@ class ShardedLoader:
                 if observer is not None:
                     info = run.info()
                     assert info is not None
-                    observer.batch_delivered(self, info)
+                    observer.batch_delivered(told, info)
                 yield batch
                 if shared and progress.run is not run:
                     raise self._overtaken()
@@ -178,7 +181,7 @@ class ShardedLoader:
         finally:
             self._stop(run, run.start.next_epoch(), finished=not gave_up)
             if observer is not None:
-                observer.loader_ended(self)
+                observer.loader_ended(told)
 
     def state_dict(self, *, rewind: int = 0) -> dict[str, Any]:
         """The place as JSON values, the same on all ranks.
@@ -218,8 +221,9 @@ class ShardedLoader:
     def skip_first(self, num_batches: int) -> ShardedLoader:
         """A loader over the same data whose next iteration leaves the first batches of the epoch out.
 
-        It shares its place with this one: once it is through, the next epoch is next for both. Where the epoch
-        stands past `num_batches` already, because a state was loaded, nothing more is left out.
+        It shares its place with this one, and its observer is told of this one: once it is through, the next epoch
+        is next for both. Where the epoch stands past `num_batches` already, because a state was loaded, nothing more
+        is left out.
 
         Raises:
             ConfigError: if `num_batches` is no count.
@@ -231,6 +235,7 @@ class ShardedLoader:
             )
         view = copy.copy(self)
         view._skip = num_batches
+        view._origin = self if self._origin is None else self._origin
         return view
 
     def __repr__(self) -> str:
