@@ -93,8 +93,8 @@ class Accelerator(ProcessView):
         if gradient_accumulation_plugin is not None and gradient_accumulation_steps is not None:
             raise ConfigError(
                 f"`gradient_accumulation_steps={gradient_accumulation_steps}` and a `gradient_accumulation_plugin` "
-                "with "
-                f"`num_steps={gradient_accumulation_plugin.num_steps}` were both given. Give one of them."
+                f"with `num_steps={gradient_accumulation_plugin.num_steps}` were both given, and a window has one "
+                f"length. Give one of them."
             )
         plugin = gradient_accumulation_plugin
         environment = Process.current().environment if Process.is_open() else detect()
@@ -225,8 +225,10 @@ class Accelerator(ProcessView):
         return inner if keep_fp32_wrapper else self._engine.precision.unwrap_forward(inner)
 
     def get_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The whole model by fully qualified name, as its ``state_dict()`` would give it alone. Every rank must "
-        "call."""
+        """The whole model by fully qualified name, as its ``state_dict()`` would give it alone.
+
+        Every rank must call this.
+        """
         return self.strategy.full_state(model)
 
     # A step
@@ -303,7 +305,10 @@ class Accelerator(ProcessView):
     # Checkpoints
 
     def register_for_checkpointing(self, *objects: Any) -> None:
-        """Save and restore these too; each has ``state_dict`` and ``load_state_dict``."""
+        """Save and restore these too; each has ``state_dict`` and ``load_state_dict``.
+
+        The main process's state is saved, and restored on every rank: keep these objects alike on all.
+        """
         self._saving.register(objects)
 
     def register_save_state_pre_hook(self, hook: SaveHook) -> None:
@@ -459,6 +464,5 @@ def _kind(index: int, each: Any) -> str:
         return "scheduler"
     raise ConfigError(
         f"`prepare` was given a {type(each).__name__} as argument number {index + 1}, and it prepares models, "
-        "optimizers, "
-        f"data loaders and learning-rate schedulers. Leave it out of the call."
+        f"optimizers, data loaders and learning-rate schedulers. Leave it out of the call."
     )

@@ -23,7 +23,7 @@ from accel_parallel.plugins import GradientAccumulationPlugin
 from accel_parallel.scheduler import PreparedScheduler
 from accel_parallel.strategy import Bundle, Duty, Strategy
 from accel_state.errors import ConfigError
-from accel_state.protocols import Precision
+from accel_state.protocols import Precision, StatefulLoader
 
 __all__ = ["Engine"]
 
@@ -52,6 +52,7 @@ class Engine:
         Raises:
             ConfigError: for what would go wrong without a word later; see `accel_parallel.audit`.
         """
+        _refuse_prepared(optimizers, PreparedOptimizer)
         known = [*self.models, *(self.strategy.unwrap(model) for model in self.models)]
         for index, model in enumerate(models):
             name = f"model number {len(self.models) + index}"
@@ -74,8 +75,9 @@ class Engine:
         """Let a scheduler follow the optimizer that it was made for.
 
         Raises:
-            ConfigError: if that optimizer is not prepared.
+            ConfigError: if that optimizer is not prepared, or the scheduler is already.
         """
+        _refuse_prepared([scheduler], PreparedScheduler)
         target = getattr(scheduler, "optimizer", None)
         optimizers = [each for each in self.optimizers if target is each or target is each.optimizer]
         if not optimizers:
@@ -112,6 +114,8 @@ class Engine:
         info = self.loops.info
         windows = self._windows(models) if models else None
         scope = self.accumulation.enter(windows, None if info is None else info.remaining)
+        for window in scope.windows:
+            self.loops.feed(window, first=window.micro_steps == 1)
         if self.strategy.average_size == 1 or self.accumulation.plugin.sync_each_batch:
             return scope
         quiet = [
@@ -145,12 +149,24 @@ class Engine:
                 optimizer.unscale_()
             nn.utils.clip_grad_value_(parameters, clip_value)
 
+    def rewind(self, loader: StatefulLoader[Any]) -> int:
+        """Batches of `loader` that a run resumed from now must see again: those of windows that are not finished."""
+        return max((self.loops.num_fed(w, loader) for w in self.accumulation.windows if w.unfinished), default=0)
+
+    def restart(self) -> None:
+        """Give up unfinished windows and their gradients: another state was restored, which has none."""
+        self.accumulation.restart()
+        self.loops.forget()
+        for optimizer in self.optimizers:
+            optimizer.optimizer.zero_grad()
+
     def forget(self) -> None:
         """Let go of everything that was prepared."""
         plugin = self.accumulation.plugin
         for held in (self.models, self.optimizers, self.schedulers):
             held.clear()
         self._windows_of_model.clear()
+        self.loops.forget()
         self.accumulation = Accumulation(plugin, self.strategy)
 
     def _bind(self, optimizer: Optimizer) -> PreparedOptimizer:
@@ -215,6 +231,15 @@ class _Quiet:
         for context in reversed(self._contexts):
             context.__exit__(kind, error, traceback)
         self._scope.__exit__(kind, error, traceback)
+
+
+def _refuse_prepared(objects: Sequence[Any], kind: type) -> None:
+    for each in objects:
+        if isinstance(each, kind):
+            raise ConfigError(
+                f"`prepare` was given {each!r}, which is prepared already, and wrapping it again would count its steps "
+                f"twice. Call `prepare` once for each object, and use what it returned."
+            )
 
 
 def _listed(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -136,6 +136,8 @@ class ProcessView:
         return collectives.broadcast(tree, from_process, process=self.process)
 
     def pad_across_processes(self, tree: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
-        """Tensors padded along `dim` to the longest of all ranks, so that they can be gathered. Every rank must "
-        "call."""
+        """Tensors padded along `dim` to the longest of all ranks, so that they can be gathered.
+
+        Every rank must call this.
+        """
         return collectives.pad_across_processes(tree, dim, pad_index, pad_first, process=self.process)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accel.engine import Engine
 from accel.project import ProjectConfiguration
@@ -13,7 +13,7 @@ from accel_parallel.checkpoint import save_checkpoint as write_checkpoint
 from accel_parallel.checkpoint.layout import recover
 from accel_parallel.naming import parameter_names
 from accel_parallel.strategy import OptimizerState
-from accel_state.collectives import broadcast_object_list
+from accel_state.collectives import broadcast_object_list, gather_object
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.logging import get_logger
 from accel_state.process import Process
@@ -26,6 +26,7 @@ logger = get_logger(__name__)
 
 SaveHook = Callable[[list[Any], list[dict[str, Any]], str], None]
 LoadHook = Callable[[list[Any], str], None]
+_T = TypeVar("_T")
 
 
 class Saving:
@@ -84,20 +85,42 @@ class Saving:
         folder = self._load_path(input_dir)
         if folder is None:
             return None
+        # Read, and so verify, everything on every rank before anything is changed on any.
+        states, generators, step = self._agree(lambda: self._read(folder))
         for hook in self.load_hooks:
             hook(list(self.engine.models), str(folder))
-        checkpoint = Checkpoint(folder)
-        self._refuse_other_items(checkpoint)
-        # Read, and so verify, everything before anything is changed.
-        states = {name: checkpoint.read(name) for name in self._names()}
-        generators = self._read_generators(checkpoint)
         self._restore(states)
+        self.engine.restart()
         if generators is not None:
             set_rng_state(generators, strict_device=False)
         self._resumed_from = folder
         self.process.barrier()
-        logger.info("Resumed from %s, step %d.", folder, checkpoint.manifest.step)
+        logger.info("Resumed from %s, step %d.", folder, step)
         return folder
+
+    def _read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
+        checkpoint = Checkpoint(folder)
+        self._refuse_other_items(checkpoint)
+        states = {name: checkpoint.read(name) for name in self._names()}
+        return states, self._read_generators(checkpoint), checkpoint.manifest.step
+
+    def _agree(self, read: Callable[[], _T]) -> _T:
+        """Read on every rank; where that fails on any, all raise, so that none goes on alone with other weights."""
+        outcome: list[_T] = []
+        problem: str | None = None
+        try:
+            outcome.append(read())
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = (
+                f"Rank {self.process.topology.rank} could not read the checkpoint ({error}), so nothing was restored. "
+                f"Check that every process sees the folder, or load another checkpoint."
+            )
+        problems = [each for each in gather_object([problem], process=self.process) if each is not None]
+        if problems:
+            raise CheckpointError(problems[0])
+        return outcome[0]
 
     def _names(self) -> list[str]:
         engine = self.engine
@@ -128,16 +151,13 @@ class Saving:
         for index, scheduler in enumerate(engine.schedulers):
             items.append(Item(_numbered("scheduler", index), "scheduler", scheduler.state_dict()))
         for index, loader in enumerate(self.loaders):
-            items.append(Item(_numbered("loader", index), "loader", loader.state_dict(rewind=self._rewind(loader))))
+            # Gradients are not saved: the batches of an unfinished window have to be seen again.
+            items.append(Item(_numbered("loader", index), "loader", loader.state_dict(rewind=engine.rewind(loader))))
         for index, each in enumerate(self.custom):
             items.append(Item(_numbered("custom", index), "custom", each.state_dict()))
         if engine.precision.scaler.enabled:
             items.append(Item("scaler", "scaler", engine.precision.scaler.state_dict()))
         return items
-
-    def _rewind(self, loader: StatefulLoader[Any]) -> int:
-        """Gradients are not saved: the micro-batches of an unfinished window have to be seen again."""
-        return self.engine.accumulation.unfinished if loader is self.engine.loops.innermost else 0
 
     def _restore(self, states: dict[str, Any]) -> None:
         engine = self.engine
