@@ -61,6 +61,11 @@ class DDPStrategy(SingleStrategy):
         return total
 
     def prepare(self, bundle: Bundle) -> Bundle:
+        """As of every strategy.
+
+        Raises:
+            ConfigError: if the backend cannot carry what the options' hook sends, as gloo for bfloat16.
+        """
         bundle = super().prepare(bundle)
         return Bundle(tuple(self._wrap(model) for model in bundle.models), bundle.optimizers)
 
@@ -106,4 +111,10 @@ class DDPStrategy(SingleStrategy):
             function = default_hooks.fp16_compress_wrapper(function)
         elif wrapper is kinds.BF16:
             function = default_hooks.bf16_compress_wrapper(function)
-        wrapped.register_comm_hook(state, function)
+        try:
+            wrapped.register_comm_hook(state, function)
+        except TypeError as error:
+            raise ConfigError(
+                f"`comm_hook={hook.value!r}` with `comm_wrapper={wrapper.value!r}` cannot be used on "
+                f"{self.process.device} with the {dist.get_backend()} backend ({error}). Use fp16, or leave it out."
+            ) from error
