@@ -55,9 +55,9 @@ class Engine:
         _refuse_prepared(optimizers, PreparedOptimizer)
         known = [*self.models, *(self.strategy.unwrap(model) for model in self.models)]
         for index, model in enumerate(models):
-            name = f"model number {len(self.models) + index}"
-            audit_model(model, name=name, prepared=known)
-            self.precision.check(model, name=name)
+            number = len(self.models) + index
+            audit_model(model, name=f"model number {number}", prepared=known)
+            self.precision.check(model, name="model" if number == 0 else f"model_{number}")
             known.append(model)
         for index, optimizer in enumerate(optimizers):
             others = [prepared.optimizer for prepared in self.optimizers] + list(optimizers[:index])

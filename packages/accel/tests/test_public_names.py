@@ -1,0 +1,145 @@
+"""What users may rely on: the names, the members, and what importing costs."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import accel
+
+NAMES = [
+    "AccelError",
+    "Accelerator",
+    "AutocastKwargs",
+    "CheckpointError",
+    "CollectiveError",
+    "ConfigError",
+    "DDPCommunicationHookType",
+    "DataLoaderConfiguration",
+    "DistributedDataParallelKwargs",
+    "DistributedType",
+    "GeneralTracker",
+    "GradScalerKwargs",
+    "GradientAccumulationPlugin",
+    "InitProcessGroupKwargs",
+    "MissingDependencyError",
+    "Process",
+    "ProjectConfiguration",
+    "__version__",
+    "compute_module_sizes",
+    "debug_launcher",
+    "find_executable_batch_size",
+    "find_tied_parameters",
+    "get_logger",
+    "init_empty_weights",
+    "init_on_device",
+    "notebook_launcher",
+    "release_memory",
+    "set_seed",
+    "skip_first_batches",
+    "synchronize_rng_states",
+    "tqdm",
+]
+MEMBERS = [
+    "accumulate",
+    "autocast",
+    "backward",
+    "broadcast",
+    "clear",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "device",
+    "distributed_type",
+    "end_training",
+    "explain",
+    "free_memory",
+    "gather",
+    "gather_for_metrics",
+    "gather_object",
+    "get_state_dict",
+    "get_tracker",
+    "gradient_accumulation_steps",
+    "init_trackers",
+    "is_last_process",
+    "is_local_main_process",
+    "is_main_process",
+    "load_state",
+    "local_main_process_first",
+    "local_process_index",
+    "log",
+    "main_process_first",
+    "mixed_precision",
+    "no_sync",
+    "num_processes",
+    "on_last_process",
+    "on_local_main_process",
+    "on_local_process",
+    "on_main_process",
+    "on_process",
+    "optimizer_step_was_skipped",
+    "pad_across_processes",
+    "prepare",
+    "prepare_data_loader",
+    "prepare_model",
+    "prepare_optimizer",
+    "prepare_scheduler",
+    "print",
+    "process_index",
+    "project_dir",
+    "reduce",
+    "register_for_checkpointing",
+    "register_load_state_pre_hook",
+    "register_save_state_pre_hook",
+    "save_state",
+    "split_between_processes",
+    "strategy",
+    "sync_gradients",
+    "unwrap_model",
+    "use_distributed",
+    "wait_for_everyone",
+]
+SOURCE = Path(accel.__file__).parent
+
+
+def public(kind: type) -> dict[str, object]:
+    """The public members of a class, those of its bases too."""
+    return {name: member for name, member in inspect.getmembers(kind) if not name.startswith("_")}
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(accel.__all__) == sorted(dir(accel)) == NAMES
+    assert all(getattr(accel, name) is not None for name in NAMES)
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="module 'accel' has no attribute 'Accelerate'"):
+        accel.Accelerate  # noqa: B018
+
+
+def test_the_members_of_the_accelerator_are_these() -> None:
+    assert sorted(public(accel.Accelerator)) == sorted(MEMBERS)
+
+
+def test_every_member_is_typed_and_documented() -> None:
+    for name, member in public(accel.Accelerator).items():
+        function = member.fget if isinstance(member, property) else member
+        assert function.__doc__, name  # type: ignore[union-attr]
+        hints = typing.get_type_hints(function)
+        assert "return" in hints, name
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:  # type: ignore[arg-type]
+            assert parameter.name in hints, (name, parameter.name)
+
+
+def test_types_are_shipped_and_the_class_stays_small() -> None:
+    assert (SOURCE / "py.typed").is_file()
+    assert len((SOURCE / "accelerator.py").read_text().splitlines()) < 600
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, accel; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
