@@ -1,0 +1,74 @@
+"""What is public, what importing it costs, and whether the README tells the truth."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import accel_parallel
+import accel_parallel.checkpoint
+import accel_parallel.testing
+
+NAMES = """
+__version__
+Accumulation Bundle Checkpoint DDPCommunicationHookType DDPStrategy DistributedDataParallelKwargs Duty
+GradientAccumulationPlugin InitProcessGroupKwargs Item OptimizerState PreparedOptimizer PreparedScheduler
+SingleStrategy Strategy Window audit_model audit_optimizer latest_checkpoint save_checkpoint select_strategy
+strategy_class
+"""
+
+
+def test_public_names_are_these() -> None:
+    assert sorted(accel_parallel.__all__) == sorted(NAMES.split())
+    assert dir(accel_parallel) == sorted(accel_parallel.__all__)
+
+
+def test_every_public_name_is_there() -> None:
+    for name in accel_parallel.__all__:
+        assert getattr(accel_parallel, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        accel_parallel.nothing  # noqa: B018
+
+
+def test_names_of_the_checkpoint_and_the_contract_are_these() -> None:
+    assert sorted(accel_parallel.checkpoint.__all__) == [
+        "Checkpoint",
+        "Item",
+        "Manifest",
+        "latest_checkpoint",
+        "next_number",
+        "numbered_path",
+        "prune",
+        "save_checkpoint",
+    ]
+    assert sorted(accel_parallel.testing.__all__) == [
+        "SCENARIOS",
+        "ContractModel",
+        "Scenario",
+        "Trace",
+        "check_contract",
+        "contract_states",
+        "contract_trace",
+        "reference_trace",
+    ]
+
+
+def test_importing_it_loads_no_torch() -> None:
+    code = "import sys, accel_parallel; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+    example = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)
+    assert example is not None
+    script = tmp_path / "example.py"
+    script.write_text(example[1])
+    for line in ("from the start\n", "resumed at step 3\n"):
+        done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        assert line in done.stdout
+    assert "resumed at step 3" in done.stdout
