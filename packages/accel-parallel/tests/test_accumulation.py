@@ -132,6 +132,42 @@ def test_gradients_of_a_window_that_nobody_stepped_do_not_count_as_its_own() -> 
         assert line.window.accumulating
 
 
+def test_windows_that_are_restarted_forget_what_they_held() -> None:
+    run = accumulation(3)
+    line = Line(run)
+    for num_items in (None, 4):
+        with run.enter(None, None):
+            line.backward(line.weight, num_items)
+        assert run.unfinished == 1
+        line.weight.grad = None
+        run.restart()
+        assert (run.unfinished, run.between_windows, run.sync_gradients) == (0, True, True)
+        assert not line.window.accumulating
+    for _ in range(3):
+        with run.enter(None, None):
+            line.backward(line.weight * 3)
+    assert line.gradient() == pytest.approx(3.0)
+    assert run.windows == (line.window,)
+    assert len(accumulation(1).windows) == 1
+
+
+def test_the_scale_of_a_window_does_not_show_in_its_gradient() -> None:
+    gradients = []
+    for before in (None, 5, 1000):  # items of an earlier window, or none, as after a resume
+        run = accumulation(2)
+        line = Line(run)
+        if before is not None:
+            for left in (1, 0):
+                with run.enter(None, left):
+                    line.backward(line.weight, before)
+            line.step()
+        for left in (1, 0):
+            with run.enter(None, left):
+                line.backward(line.weight * 0.1, 7)
+        gradients.append(line.gradient())
+    assert gradients[0] == gradients[1] == gradients[2] == pytest.approx(0.2 / 14)
+
+
 def test_windows_of_two_optimizers_end_apart() -> None:
     run = accumulation(2)
     first, second = Line(run), Line(run)

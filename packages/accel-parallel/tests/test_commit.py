@@ -280,10 +280,11 @@ def test_a_small_disk_that_is_really_full(tmp_path: Path) -> None:
 def failing(final: Path, kind: str) -> str:
     process = Process.current()
     rank = process.topology.rank
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     item = Item(f"part_{rank}", "custom", {"weight": torch.ones(100_000)})
     if rank == 1:
         if kind == "limit":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
         elif kind == "object":
             item = Item("part_1", "custom", {"fn": print})
         elif kind == "meta":
@@ -294,6 +295,7 @@ def failing(final: Path, kind: str) -> str:
             item = Item("part_1", "custom", Unruly())
     with pytest.raises(CheckpointError, match="could not") as caught:
         save_checkpoint(final, [item], process=process, step=0, strategy="any")
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     return str(caught.value)
 
 

@@ -46,8 +46,8 @@ def test_names_of_the_checkpoint_and_the_contract_are_these() -> None:
         "save_checkpoint",
     ]
     assert sorted(accel_parallel.testing.__all__) == [
-        "SCENARIOS",
         "ContractModel",
+        "SCENARIOS",
         "Scenario",
         "Trace",
         "check_contract",
