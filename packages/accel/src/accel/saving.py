@@ -8,9 +8,7 @@ from typing import Any, TypeVar
 
 from accel.engine import Engine
 from accel.project import ProjectConfiguration
-from accel_parallel.checkpoint import Checkpoint, Item, latest_checkpoint, next_number, numbered_path, prune
-from accel_parallel.checkpoint import save_checkpoint as write_checkpoint
-from accel_parallel.checkpoint.layout import recover
+from accel_parallel import checkpoint as files
 from accel_parallel.naming import parameter_names
 from accel_parallel.strategy import OptimizerState
 from accel_state.collectives import broadcast_object_list, gather_object
@@ -68,9 +66,9 @@ class Saving:
         for hook in self.save_hooks:
             hook(list(self.engine.models), [item.state for item in items if item.kind == "model"], str(final))
         owned = items if self.process.topology.is_main else []
-        own_generators = Item(f"rng_{self.process.topology.rank}", "rng", rng_state(self.process.kind))
+        own_generators = files.Item(f"rng_{self.process.topology.rank}", "rng", rng_state(self.process.kind))
         step = max((optimizer.steps_taken for optimizer in self.engine.optimizers), default=0)
-        write_checkpoint(
+        files.save_checkpoint(
             final, [*owned, own_generators], process=self.process, step=step, strategy=self.engine.strategy.name
         )
         self._prune(automatic=output_dir is None)
@@ -99,7 +97,7 @@ class Saving:
         return folder
 
     def _read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
-        checkpoint = Checkpoint(folder)
+        checkpoint = files.Checkpoint(folder)
         self._refuse_other_items(checkpoint)
         states = {name: checkpoint.read(name) for name in self._names()}
         return states, self._read_generators(checkpoint), checkpoint.manifest.step
@@ -137,26 +135,28 @@ class Saving:
             [(_numbered("model", index), engine.strategy.unwrap(model)) for index, model in enumerate(engine.models)]
         )
 
-    def _items(self) -> list[Item]:
+    def _items(self) -> list[files.Item]:
         engine = self.engine
         names = self._parameter_names()
         items = [
-            Item(_numbered("model", index), "model", engine.strategy.model_state(model))
+            files.Item(_numbered("model", index), "model", engine.strategy.model_state(model))
             for index, model in enumerate(engine.models)
         ]
         for index, optimizer in enumerate(engine.optimizers):
             state = engine.strategy.optimizer_state(optimizer.optimizer, names)
             content = {"state": state.state, "groups": state.groups, "steps_taken": optimizer.steps_taken}
-            items.append(Item(_numbered("optimizer", index), "optimizer", content))
+            items.append(files.Item(_numbered("optimizer", index), "optimizer", content))
         for index, scheduler in enumerate(engine.schedulers):
-            items.append(Item(_numbered("scheduler", index), "scheduler", scheduler.state_dict()))
+            items.append(files.Item(_numbered("scheduler", index), "scheduler", scheduler.state_dict()))
         for index, loader in enumerate(self.loaders):
             # Gradients are not saved: the batches of an unfinished window have to be seen again.
-            items.append(Item(_numbered("loader", index), "loader", loader.state_dict(rewind=engine.rewind(loader))))
+            items.append(
+                files.Item(_numbered("loader", index), "loader", loader.state_dict(rewind=engine.rewind(loader)))
+            )
         for index, each in enumerate(self.custom):
-            items.append(Item(_numbered("custom", index), "custom", each.state_dict()))
+            items.append(files.Item(_numbered("custom", index), "custom", each.state_dict()))
         if engine.precision.scaler.enabled:
-            items.append(Item("scaler", "scaler", engine.precision.scaler.state_dict()))
+            items.append(files.Item("scaler", "scaler", engine.precision.scaler.state_dict()))
         return items
 
     def _restore(self, states: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ class Saving:
         if engine.precision.scaler.enabled:
             engine.precision.scaler.load_state_dict(states["scaler"])
 
-    def _refuse_other_items(self, checkpoint: Checkpoint) -> None:
+    def _refuse_other_items(self, checkpoint: files.Checkpoint) -> None:
         saved = {name for name, record in checkpoint.items.items() if record.kind != "rng"}
         missing, extra = sorted(set(self._names()) - saved), sorted(saved - set(self._names()))
         if missing or extra:
@@ -195,7 +195,7 @@ class Saving:
                 f"objects, in the same order and precision, as when it was written."
             )
 
-    def _read_generators(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    def _read_generators(self, checkpoint: files.Checkpoint) -> dict[str, Any] | None:
         if checkpoint.manifest.world_size != self.process.topology.world_size:
             logger.warning(
                 "The checkpoint was written by %d process(es) and is read by %d: random generators are not restored, "
@@ -213,8 +213,10 @@ class Saving:
             return Path(output_dir)
         folder = self._checkpoints_dir("save_state()")
         number = self.project.iteration if self._num_named == 0 else None
-        (chosen,) = broadcast_object_list([next_number(folder) if number is None else number], process=self.process)
-        path = numbered_path(folder, chosen)
+        (chosen,) = broadcast_object_list(
+            [files.next_number(folder) if number is None else number], process=self.process
+        )
+        path = files.numbered_path(folder, chosen)
         if number is not None and path.exists():
             raise ConfigError(
                 f"`ProjectConfiguration(iteration={number})` names `{path}`, which exists. "
@@ -240,6 +242,8 @@ class Saving:
         if input_dir is not None:
             folder = Path(input_dir)
             if self.process.topology.is_main:
+                from accel_parallel.checkpoint.layout import recover
+
                 recover(folder)
             self.process.barrier()
             return folder
@@ -247,7 +251,7 @@ class Saving:
         found: tuple[Path | None, str | None] = (None, None)
         if self.process.topology.is_main:
             try:
-                found = (latest_checkpoint(folder), None)
+                found = (files.latest_checkpoint(folder), None)
             except CheckpointError as error:
                 found = (None, str(error))
         path, problem = broadcast_object_list([found], process=self.process)[0]
@@ -264,7 +268,7 @@ class Saving:
         folder, limit = self.project.checkpoints_dir, self.project.total_limit
         if limit is not None and folder is not None and self.process.topology.is_main:
             keep = [] if self._resumed_from is None else [self._resumed_from]
-            prune(folder, total_limit=limit, keep=keep)
+            files.prune(folder, total_limit=limit, keep=keep)
 
 
 def _numbered(kind: str, index: int) -> str:

@@ -7,22 +7,44 @@
 `commit`              temporary folder, manifest, one rename: every rank takes part
 `layout`              names of folders, which is the latest, which may go
 ====================  ==========================================================
+
+Names are imported when they are first used: a run that never saves never loads them.
 """
 
 from __future__ import annotations
 
-from accel_parallel.checkpoint.commit import save_checkpoint
-from accel_parallel.checkpoint.layout import latest_checkpoint, next_number, numbered_path, prune
-from accel_parallel.checkpoint.manifest import Manifest
-from accel_parallel.checkpoint.store import Checkpoint, Item
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Checkpoint",
-    "Item",
-    "Manifest",
-    "latest_checkpoint",
-    "next_number",
-    "numbered_path",
-    "prune",
-    "save_checkpoint",
-]
+if TYPE_CHECKING:
+    from accel_parallel.checkpoint.commit import save_checkpoint as save_checkpoint
+    from accel_parallel.checkpoint.layout import latest_checkpoint as latest_checkpoint
+    from accel_parallel.checkpoint.layout import next_number as next_number
+    from accel_parallel.checkpoint.layout import numbered_path as numbered_path
+    from accel_parallel.checkpoint.layout import prune as prune
+    from accel_parallel.checkpoint.manifest import Manifest as Manifest
+    from accel_parallel.checkpoint.store import Checkpoint as Checkpoint
+    from accel_parallel.checkpoint.store import Item as Item
+
+_HOME = {
+    "save_checkpoint": "commit",
+    "latest_checkpoint": "layout",
+    "next_number": "layout",
+    "numbered_path": "layout",
+    "prune": "layout",
+    "Manifest": "manifest",
+    "Checkpoint": "store",
+    "Item": "store",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
