@@ -88,7 +88,7 @@ class Window:
 
     def restart(self) -> None:
         """Forget a window that is not finished, and with it what its gradients stood for."""
-        self.micro_steps, self.sync, self.pending, self.fresh = 0, True, False, False
+        self.micro_steps, self.sync, self.pending, self.fresh, self.holds = 0, True, False, False, False
         self._kind, self._items, self._reference = None, None, None
 
     def taken(self) -> None:

@@ -33,7 +33,7 @@ class Scenario:
     """Whether the second model takes part in every second micro-batch only, so that windows end at different times."""
     num_epochs: int = 4
     epoch_length: int = 7
-    """Micro-batches an epoch; 7 makes windows of 3, 3 and 1."""
+    """Micro-batches an epoch; 7 makes windows of 3, 3 and 1, and 8 of 3, 3 and 2, whose end may come unannounced."""
     poisoned: frozenset[int] = frozenset()
     """Steps, counted from 0, whose gradients are not finite: a loss scaler skips them."""
 
@@ -41,11 +41,11 @@ class Scenario:
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario(name="mean, no accumulation", num_steps=1, epoch_length=5, num_epochs=2),
     Scenario(name="mean"),
-    Scenario(name="mean, end unknown", known=False),
+    Scenario(name="mean, end unknown", known=False, epoch_length=8),
     Scenario(name="mean, exchanged each time", sync_each_batch=True),
     Scenario(name="items, no accumulation", num_steps=1, epoch_length=5, num_epochs=2, by_items=True),
     Scenario(name="items", by_items=True),
-    Scenario(name="items, end unknown", by_items=True, known=False),
+    Scenario(name="items, end unknown", by_items=True, known=False, epoch_length=8),
     Scenario(name="items, exchanged each time", by_items=True, sync_each_batch=True),
     Scenario(name="mean, two models", num_models=2, epoch_length=8),
     Scenario(name="items, two models", by_items=True, num_models=2, known=False),
