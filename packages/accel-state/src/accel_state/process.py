@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from enum import Enum
@@ -204,6 +206,8 @@ class Process:
             dist.destroy_process_group()
             raise
         self._owns_group = True
+        atexit.unregister(_let_go)  # once, however often a process is opened
+        atexit.register(_let_go)
 
     def _adopt_group(self) -> None:
         """The script started a process group of its own: use it, and leave it open at the end."""
@@ -254,6 +258,16 @@ def _fresh(store: Store, world_size: int) -> Store:
     return dist.PrefixStore(f"accel/{turn}", store)  # type: ignore[attr-defined]
 
 
+def _let_go() -> None:
+    """At exit: let the backend's threads give up the tensors of the last collectives.
+
+    gloo does so a moment after the caller has gone on, and needs the interpreter for it. Where that is ending by then,
+    its thread is unwound through code that cannot be, and the process aborts ("terminate called without an active
+    exception") although all went well. Seen with torch 2.13 in scripts that keep a DDP model to their end.
+    """
+    time.sleep(_LET_GO_S)
+
+
 def _meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
     """Return when all ranks have joined.
 
@@ -269,4 +283,5 @@ def _meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
         store.set("all-gone", "1")
 
 
+_LET_GO_S = 0.03
 _current: Process | None = None
