@@ -101,7 +101,7 @@ def test_a_killed_worker_ends_the_run(rank: int, tmp_path: Path) -> None:
         os.kill(pids[rank], signal.SIGKILL)
         assert launcher.wait(20) not in (0, None)
         assert all_gone(pids, within_s=2.0)
-    assert "accel launch: rank" in (tmp_path / "stderr").read_text()
+    assert f"accel launch: rank {rank} of 2 was killed by SIGKILL" in (tmp_path / "stderr").read_text()
 
 
 def test_a_killed_launcher_leaves_no_worker(tmp_path: Path) -> None:

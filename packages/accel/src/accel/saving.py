@@ -266,9 +266,21 @@ class Saving:
             return
         self._num_named += 1
         folder, limit = self.project.checkpoints_dir, self.project.total_limit
-        if limit is not None and folder is not None and self.process.topology.is_main:
+        if limit is None or folder is None:
+            return
+        problem: str | None = None
+        if self.process.topology.is_main:
             keep = [] if self._resumed_from is None else [self._resumed_from]
-            files.prune(folder, total_limit=limit, keep=keep)
+            try:
+                files.prune(folder, total_limit=limit, keep=keep)
+            except OSError as error:
+                problem = f"{type(error).__name__}: {error}"
+        (problem,) = broadcast_object_list([problem], process=self.process)
+        if problem is not None:
+            raise CheckpointError(
+                f"The new checkpoint is complete, but an old one could not be removed ({problem}), and with "
+                f"`total_limit={limit}` the disk would fill up. Make `{folder}` writable, or leave the limit out."
+            )
 
 
 def _numbered(kind: str, index: int) -> str:

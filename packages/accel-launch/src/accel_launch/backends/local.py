@@ -150,7 +150,7 @@ class _Run:
         return [
             worker
             for worker in self._workers
-            if worker.is_alive and worker.watch.looks_final and _failed_since(worker)[0] < (self._failed_at or 0.0)
+            if worker.is_alive and worker.watch.looks_final and _failed_since(worker) < (self._failed_at or 0.0)
         ]
 
     def _stop_others(self) -> None:
@@ -158,7 +158,7 @@ class _Run:
         failed = [worker for worker in self._workers if worker.exit_code]
         if all(worker.watch.looks_cascaded for worker in failed):
             failed += self._earlier()  # slow to end, but the cause
-        self._root = min(failed, key=_failed_since)
+        self._root = min(failed, key=_blame)
         self._root_was_ending = self._root.is_alive
         self._root.show(self._root.watch.release())
         for worker in self._workers:
@@ -201,7 +201,12 @@ class _Run:
         return code
 
 
-def _failed_since(worker: Worker) -> tuple[float, bool]:
-    """When a rank's failure began, and, of several seen at once, those last that speak of a lost peer."""
+def _failed_since(worker: Worker) -> float:
+    """When a rank's failure began."""
     since = worker.watch.held_since
-    return (worker.exited_at if since is None else since), worker.watch.looks_cascaded
+    return worker.exited_at if since is None else since
+
+
+def _blame(worker: Worker) -> tuple[bool, float]:
+    """Least for the rank that failed first. Who speaks of a lost peer comes last: that one's end may be seen later."""
+    return worker.watch.looks_cascaded, _failed_since(worker)
