@@ -5,8 +5,8 @@
 
 It starts `accel launch --num-processes 2 docs/examples/quickstart.py` three times, and exits with 1 if the accuracy is
 under 97 %, if an image was left out or counted twice, or if a loss of the resumed run differs from the undisturbed one.
-With more than two processes a loss may differ in its last digits: DDP lays its exchange buffers out anew after the first
-step of a process, and a sum of three numbers depends on their order. The largest difference is printed.
+With more than two processes a loss may differ in its last digits: DDP lays its exchange buffers out anew after the
+first step of a process, and a sum of three numbers depends on their order. The largest difference is printed.
 """
 
 import argparse
