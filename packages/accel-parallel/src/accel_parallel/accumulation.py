@@ -234,6 +234,8 @@ class Accumulation:
                     window.correct_mean()
 
     def _common_divisor(self) -> int:
+        if len(self._active) == 1:
+            return self._active[0].divisor
         divisors = {window.divisor for window in self._active}
         if len(divisors) > 1:
             raise ConfigError(

@@ -184,17 +184,18 @@ class Engine:
             if any(id(parameter) in ours for parameter in optimizer.window.parameters)
         )
 
-    def _windows(self, models: tuple[nn.Module, ...]) -> list[Window] | None:
-        found: list[Window] = []
+    def _windows(self, models: tuple[nn.Module, ...]) -> Sequence[Window] | None:
+        known = self._windows_of_model
         for model in models:
-            if id(model) not in self._windows_of_model:
+            if id(model) not in known:
                 raise ConfigError(
                     f"`accumulate` was given a {type(model).__name__} that is not prepared, so no optimizer step "
                     "belongs to "
                     f"it. Pass what `prepare` returned."
                 )
-            found += [window for window in self._windows_of_model[id(model)] if window not in found]
-        return found or None
+        if len(models) == 1:
+            return known[id(models[0])] or None
+        return list(dict.fromkeys(window for model in models for window in known[id(model)])) or None
 
     def _optimizers_of(self, parameters: list[torch.Tensor]) -> list[PreparedOptimizer]:
         wanted = {id(parameter) for parameter in parameters}
