@@ -154,6 +154,11 @@ class Accumulation:
         self._reference: torch.Tensor | None = None
         """About the items of the window that ended last, over all ranks: the scale of the next one's losses."""
 
+    @property
+    def is_trivial(self) -> bool:
+        """Whether a loss now is a window of its own, which needs neither scaling nor remembering."""
+        return self.num_steps == 1 and not self._inside
+
     def bind(self, parameters: Iterable[torch.Tensor]) -> Window:
         """A window for an optimizer of these parameters."""
         window = Window(parameters)

@@ -56,25 +56,16 @@ class PreparedOptimizer(Optimizer):
                 a window of several micro-batches, of which it sees the last one only.
         """
         window = self.window
-        if closure is not None and (window.micro_steps > 1 or not window.sync):
-            raise ConfigError(
-                "`step(closure)` was called in an accumulation window of several micro-batches, and a closure that "
-                "is evaluated anew knows nothing of the earlier ones. Set `gradient_accumulation_steps=1`, or call "
-                "`backward` and `step()` without a closure."
-            )
+        if closure is not None:
+            self._refuse_closure()
         if not window.sync:
             return
-        scaler = self._scaler
-        if scaler.enabled and closure is not None:
-            raise ConfigError(
-                "`step(closure)` was called under float16 loss scaling: the closure's own backward would be unscaled. "
-                "Use `mixed_precision='bf16'` or 'no' with this optimizer."
-            )
-        taken = self._strategy.step(self.optimizer, scaler=scaler, closure=closure)
-        window.taken()
-        self.step_was_skipped = not taken
-        if taken:
+        if self._strategy.step(self.optimizer, scaler=self._scaler, closure=closure):
+            self.step_was_skipped = False
             self.steps_taken += 1
+        else:
+            self.step_was_skipped = True
+        window.taken()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, unless those of earlier micro-batches of an unfinished window are among them."""
@@ -83,6 +74,19 @@ class PreparedOptimizer(Optimizer):
             return
         self.optimizer.zero_grad(set_to_none)
         window.pending = False
+
+    def _refuse_closure(self) -> None:
+        if self.window.micro_steps > 1 or not self.window.sync:
+            raise ConfigError(
+                "`step(closure)` was called in an accumulation window of several micro-batches, and a closure that "
+                "is evaluated anew knows nothing of the earlier ones. Set `gradient_accumulation_steps=1`, or call "
+                "`backward` and `step()` without a closure."
+            )
+        if self._scaler.enabled:
+            raise ConfigError(
+                "`step(closure)` was called under float16 loss scaling: the closure's own backward would be unscaled. "
+                "Use `mixed_precision='bf16'` or 'no' with this optimizer."
+            )
 
     def unscale_(self) -> None:
         """Divide the gradients by the loss scale, once, so that clipping sees their true size."""

@@ -95,6 +95,9 @@ class Engine:
     ) -> None:
         """Run backward on `loss` at the scale that makes the window's gradient exact."""
         accumulation = self.accumulation
+        if num_items is None and not self._scales and accumulation.is_trivial:
+            self.strategy.backward(loss, **kwargs)
+            return
         if self._averages:
             loss = accumulation.scale_loss(loss, num_items)
         if self._scales:
