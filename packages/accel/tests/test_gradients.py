@@ -195,3 +195,23 @@ def test_two_models_keep_windows_of_their_own(world: int) -> None:
     for found in ranks(train_two, world, num_rows):
         assert_same(found[0], expected[0])
         assert_same(found[1], expected[1])
+
+
+def steps_of_a_zip(short: int, long: int) -> int:
+    """Optimizer steps of one epoch over two loaders read in turns, in windows of two micro-batches."""
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    first = accelerator.prepare(DataLoader(torch.ones(short * accelerator.num_processes, 1)))
+    second = accelerator.prepare(DataLoader(torch.ones(long * accelerator.num_processes, 1)))
+    for rows, _ in zip(first, second, strict=False):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(rows).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+    return int(optimizer.steps_taken)
+
+
+@pytest.mark.parametrize("lengths", [(5, 9), (9, 5)])
+def test_the_last_window_of_loaders_read_in_turns_is_stepped(lengths: tuple[int, int]) -> None:
+    assert run_ranks(steps_of_a_zip, 2, *lengths) == [3, 3]

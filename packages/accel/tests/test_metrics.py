@@ -106,7 +106,7 @@ def refuse(kind: str) -> list[str]:
         try:
             accelerator.gather_for_metrics(given)
         except ConfigError as error:
-            return [str(error), str(accelerator._loops.info and accelerator._loops.info.index)]
+            return [str(error), str(accelerator._loops.infos and accelerator._loops.infos[-1].index)]
     return ["nothing was refused", ""]
 
 
@@ -177,12 +177,11 @@ def test_an_evaluation_inside_a_training_loop_counts_by_itself(world: int) -> No
 
 
 def after_break() -> list[int]:
-    """On a rank: a loop that is given up at a padded batch, and a gather after it."""
+    """On a rank: a loop that is given up at a whole batch, and a gather after it."""
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(make(5, 2, "map"))
-    for index, _ in enumerate(loader):
-        if index == 1:
-            break
+    for _ in loader:
+        break
     return accelerator.gather_for_metrics(torch.arange(2)).tolist()
 
 
@@ -200,3 +199,39 @@ def by_hand() -> list[list[int]]:
 
 def test_loaders_read_by_hand_count_each_batch_as_their_own() -> None:
     assert run_ranks(by_hand, 2, settings=CPU) == [[[0, 1, 2], [0, 1, 2, 3]]] * 2
+
+
+def read_in_turns(second_length: int) -> list[str]:
+    """Gathers while two loaders are read together; what is raised, or the gathered ids."""
+    accelerator = Accelerator()
+    first = accelerator.prepare(DataLoader(torch.arange(7), batch_size=2))
+    second = accelerator.prepare(DataLoader(torch.arange(second_length), batch_size=2))
+    seen: list[int] = []
+    try:
+        for rows, _ in zip(first, second, strict=False):
+            seen += accelerator.gather_for_metrics(rows).tolist()
+    except ConfigError as error:
+        return [str(error)]
+    return [str(each) for each in seen]
+
+
+def test_loaders_read_in_turns_are_refused_where_their_padding_differs() -> None:
+    for seen in run_ranks(read_in_turns, 2, 8):
+        assert "while 2 loaders are read in turns, whose batches have 3, 4 samples" in seen[0]
+    assert run_ranks(read_in_turns, 2, 7)[0] == [str(each) for each in range(7)]
+
+
+def gather_after_the_loop() -> str:
+    accelerator = Accelerator()
+    loader = accelerator.prepare(DataLoader(torch.arange(7), batch_size=2))
+    batches = list(loader)
+    try:
+        accelerator.gather_for_metrics(torch.cat(batches))
+    except ConfigError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_gathering_after_a_padded_loop_is_refused() -> None:
+    for message in run_ranks(gather_after_the_loop, 2):
+        assert "after a loop whose last batch was padded" in message

@@ -236,3 +236,53 @@ def test_a_limit_that_counts_nothing(number: Any) -> None:
 def test_limits_of_names_that_are_not_made() -> None:
     with pytest.raises(ConfigError, match=r"`automatic_checkpoint_naming=False` turns those off"):
         ProjectConfiguration(project_dir="here", automatic_checkpoint_naming=False, total_limit=2)
+
+
+def wrapped_by_two() -> str:
+    first, second = Accelerator(), Accelerator()
+    model = first.prepare(nn.Linear(2, 1))
+    try:
+        second.prepare(model)
+    except ConfigError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_model_that_another_accelerator_has_wrapped() -> None:
+    for message in run_ranks(wrapped_by_two, 2):
+        assert "is a DistributedDataParallel already, of this script or of another Accelerator" in message
+
+
+def gather_at_the_end() -> str:
+    accelerator = Accelerator()
+    accelerator.end_training()
+    try:
+        accelerator.gather(torch.ones(1))
+    except ConfigError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_collective_after_the_end() -> None:
+    for message in run_ranks(gather_at_the_end, 2):
+        assert "was closed, so its peers cannot be reached any more" in message
+
+
+def test_a_generator_that_would_pollute_an_unfinished_window(alone: None) -> None:
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    critic, critic_optimizer = model_and_optimizer()
+    author = nn.Linear(1, 2)
+    author_optimizer = torch.optim.SGD(author.parameters(), lr=0.1)
+    critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+    author, author_optimizer = accelerator.prepare(author, author_optimizer)
+    with accelerator.accumulate(critic):
+        accelerator.backward(critic(torch.ones(1, 2)).sum())
+    critic.requires_grad_(False)
+    with accelerator.accumulate(author):
+        accelerator.backward(critic(author(torch.ones(1, 1))).sum())
+    critic.requires_grad_(True)
+    with (
+        accelerator.accumulate(author),
+        pytest.raises(ConfigError, match="whose own accumulation window is unfinished"),
+    ):
+        accelerator.backward(critic(author(torch.ones(1, 1))).sum())

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from accel.engine import Engine
 from accel.loops import Loops
-from accel.metrics import gather_for_metrics
+from accel.metrics import current_batch, gather_for_metrics
 from accel.process_view import ProcessView
 from accel.project import ProjectConfiguration
 from accel.resolve import resolve
@@ -246,6 +246,10 @@ class Accelerator(ProcessView):
     def backward(self, loss: torch.Tensor, num_items: int | float | torch.Tensor | None = None, **kwargs: Any) -> None:
         """Add the gradients of `loss`, so scaled that a window's gradient equals that of one process on all of it.
 
+        A mean weighs every rank's batch alike. Where the last batch of an epoch is padded, the samples repeated there
+        weigh double, and without `even_batches` those of smaller batches weigh more; `num_items` with the sum over the
+        real rows (``loader.batch_info.real_rows[accelerator.process_index]``) is exact there too.
+
         Args:
             loss: without `num_items`, the mean over this process's micro-batch: a window's gradient is then the mean
                 over its micro-batches and processes. With it, the sum over this process's items.
@@ -296,10 +300,11 @@ class Accelerator(ProcessView):
             use_gather_object: gather lists of Python objects instead, one entry a sample.
 
         Raises:
-            ConfigError: if rows and batch do not match, so that padding could not be told from data.
+            ConfigError: if rows and batch do not match, or it is not clear which batch is meant, so that padding could
+                not be told from data.
         """
         return gather_for_metrics(
-            tree, info=self._loops.info, process=self.process, use_gather_object=use_gather_object
+            tree, info=current_batch(self._loops), process=self.process, use_gather_object=use_gather_object
         )
 
     # Checkpoints

@@ -45,6 +45,9 @@ class Engine:
         self._scales = precision.scaler.enabled and Duty.SCALE not in strategy.owns
         self._averages = Duty.AVERAGE not in strategy.owns
         self._windows_of_model: dict[int, tuple[Window, ...]] = {}
+        """By identity, of the models as they were given and as they were handed back."""
+        self._wrapped: dict[int, nn.Module] = {}
+        """As it was handed back, by the same."""
 
     def prepare(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Bundle:
         """Audit, cast, wrap and bind. Every rank must call this, with its objects in the same order.
@@ -68,7 +71,10 @@ class Engine:
         bundle = self.strategy.prepare(Bundle(tuple(models), tuple(optimizers)))
         self.models += bundle.models
         prepared = tuple(self._bind(optimizer) for optimizer in bundle.optimizers)
-        self._windows_of_model = {id(model): self._find_windows(model) for model in self.models}
+        for model in self.models:
+            for known_as in (model, self.strategy.unwrap(model)):
+                self._windows_of_model[id(known_as)] = self._find_windows(model)
+                self._wrapped[id(known_as)] = model
         return Bundle(bundle.models, prepared)
 
     def prepare_scheduler(self, scheduler: Any, *, follow: bool) -> PreparedScheduler:
@@ -114,9 +120,8 @@ class Engine:
         Raises:
             ConfigError: for a model that is not prepared.
         """
-        info = self.loops.info
         windows = self._windows(models) if models else None
-        scope = self.accumulation.enter(windows, None if info is None else info.remaining)
+        scope = self.accumulation.enter(windows, self.loops.remaining)
         for window in scope.windows:
             self.loops.feed(window, first=window.micro_steps == 1)
         if self.strategy.average_size == 1 or self.accumulation.plugin.sync_each_batch:
@@ -126,7 +131,7 @@ class Engine:
             for model in (models or self.models)
             if not any(window.sync for window in (self._windows_of_model[id(model)] or scope.windows))
         ]
-        return _Quiet(scope, [self.strategy.no_sync(model) for model in quiet]) if quiet else scope
+        return _Quiet(scope, [self.strategy.no_sync(self._wrapped[id(model)]) for model in quiet]) if quiet else scope
 
     def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float) -> torch.Tensor:
         """Clip at the end of a window; before it only measure, since the sum is not complete."""
@@ -169,6 +174,7 @@ class Engine:
         for held in (self.models, self.optimizers, self.schedulers):
             held.clear()
         self._windows_of_model.clear()
+        self._wrapped.clear()
         self.loops.forget()
         self.accumulation = Accumulation(plugin, self.strategy)
 

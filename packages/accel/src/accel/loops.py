@@ -14,45 +14,69 @@ __all__ = ["Loops"]
 
 
 class Loops:
-    """The observer that prepared loaders report to. A loop inside a loop, such as an evaluation, comes first."""
+    """The observer that prepared loaders report to. A loop inside a loop, such as an evaluation, comes first.
 
-    __slots__ = ("_begun", "_delivered", "_fed", "_stack", "info")
+    Loaders that are read in turns, as by ``zip`` or by ``next`` in the loop of another, make up one loop together.
+    """
+
+    __slots__ = ("_begun", "_delivered", "_fed", "_infos", "_loops", "ended_padded")
 
     def __init__(self) -> None:
-        self._stack: list[StatefulLoader[Any]] = []
+        self._loops: list[list[StatefulLoader[Any]]] = []
+        """The loops that are running, innermost last, each with the loaders that it reads."""
+        self._infos: dict[int, BatchInfo] = {}
+        """The batch that each running loader is at; loaders by their identity."""
         self._delivered: dict[int, int] = {}
-        """Batches that each loader has ever handed out; loaders by their identity."""
+        """Batches that each loader has ever handed out."""
         self._begun: dict[int, int] = {}
         """The same when its loop began."""
         self._fed: dict[Hashable, tuple[dict[int, int], dict[int, int]]] = {}
         """Of each window, the batches of its loaders before its first micro-batch, and up to its last one."""
-        self.info: BatchInfo | None = None
-        """The batch that the innermost loop is at; ``None`` outside every loop."""
+        self.ended_padded = False
+        """Whether no loop is running, and the last one came to its end with a padded batch."""
+
+    @property
+    def infos(self) -> list[BatchInfo]:
+        """The batches that the innermost loop is at, one a loader; none outside every loop."""
+        if not self._loops:
+            return []
+        return [self._infos[id(loader)] for loader in self._loops[-1] if id(loader) in self._infos]
+
+    @property
+    def remaining(self) -> int | None:
+        """Batches after this one, until the innermost loop ends or reads on anew; ``None`` where that is not known."""
+        return min((info.remaining for info in self.infos if info.remaining is not None), default=None)
 
     def loader_started(self, loader: StatefulLoader[Any]) -> None:
-        self._stack.append(loader)
+        self._loops.append([loader])
         self._begun[id(loader)] = self._delivered.get(id(loader), 0)
-        self.info = None
+        self.ended_padded = False
 
     def batch_delivered(self, loader: StatefulLoader[Any], info: BatchInfo) -> None:
-        self._delivered[id(loader)] = self._delivered.get(id(loader), 0) + 1
-        if self._stack and self._stack[-1] is loader:
-            self.info = info
-        else:  # a loader that is read by hand, such as with `next`, between the batches of another
-            self._remove(loader)
-            self._stack.append(loader)
-            self.info = info
+        key = id(loader)
+        self._delivered[key] = self._delivered.get(key, 0) + 1
+        self._infos[key] = info
+        if self._loops and self._loops[-1][0] is loader:
+            return
+        for index, loop in enumerate(self._loops):
+            if any(each is loader for each in loop):
+                # It goes on although others began after it: they are read in turns with it, not inside its body.
+                self._loops[index:] = [[each for inner in self._loops[index:] for each in inner]]
+                return
 
     def loader_ended(self, loader: StatefulLoader[Any]) -> None:
-        self._remove(loader)
-        self.info = self._stack[-1].batch_info if self._stack else None
+        info = self._infos.pop(id(loader), None)
+        for loop in self._loops:
+            loop[:] = [each for each in loop if each is not loader]
+        self._loops = [loop for loop in self._loops if loop]
+        self.ended_padded = not self._loops and info is not None and info.is_last and info.real_rows != info.rows
 
     def feed(self, window: Hashable, *, first: bool) -> None:
         """A micro-batch of `window` begins, its first one or a later one, on the batches that the loops are at."""
         start, seen = self._fed.get(window) or ({}, {})
         if first:
             start = {}
-        for loader in self._stack:
+        for loader in (loader for loop in self._loops for loader in loop):
             key = id(loader)
             # What came since the last micro-batch belongs to this one, such as batches that the script passed over.
             start.setdefault(key, max(seen.get(key, 0), self._begun.get(key, 0)))
@@ -68,9 +92,3 @@ class Loops:
         """Let go of all windows and of what loaders have handed out."""
         for held in (self._delivered, self._begun, self._fed):
             held.clear()
-
-    def _remove(self, loader: StatefulLoader[Any]) -> None:
-        for index in range(len(self._stack) - 1, -1, -1):
-            if self._stack[index] is loader:
-                del self._stack[index]
-                return

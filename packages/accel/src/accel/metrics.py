@@ -6,13 +6,40 @@ from typing import Any
 
 import torch
 
+from accel.loops import Loops
 from accel_state.collectives import gather, gather_object, gather_ragged
 from accel_state.errors import ConfigError
 from accel_state.process import Process
 from accel_state.protocols import BatchInfo
 from accel_state.tree import map_tensors, tensor_leaves
 
-__all__ = ["gather_for_metrics"]
+__all__ = ["current_batch", "gather_for_metrics"]
+
+
+def current_batch(loops: Loops) -> BatchInfo | None:
+    """The batch that rows gathered now belong to; ``None`` outside every loop.
+
+    Raises:
+        ConfigError: if that cannot be told although some of those in question hold padding: loaders that are read in
+            turns differ in it, or the loop is over.
+    """
+    infos = loops.infos
+    if not infos:
+        if loops.ended_padded:
+            raise ConfigError(
+                "`gather_for_metrics` was called after a loop whose last batch was padded, so which of the rows are "
+                "padding is not known any more. Call it in the loop, batch by batch; or use `gather`, which keeps "
+                "padding."
+            )
+        return None
+    differ = any((each.rows, each.real_rows) != (infos[0].rows, infos[0].real_rows) for each in infos)
+    if differ and any(each.may_pad or len(set(each.rows)) > 1 for each in infos):
+        raise ConfigError(
+            f"`gather_for_metrics` was called while {len(infos)} loaders are read in turns, whose batches have "
+            f"{', '.join(str(each.num_real) for each in infos)} samples: which of them the rows belong to could not be "
+            f"told. Read one loader in a loop of its own, or use `gather`, which keeps padding."
+        )
+    return infos[-1]
 
 
 def gather_for_metrics(tree: Any, *, info: BatchInfo | None, process: Process, use_gather_object: bool = False) -> Any:

@@ -21,7 +21,8 @@ class ProjectConfiguration:
     automatic_checkpoint_naming: bool = True
     """Whether ``save_state()`` without a folder writes ``<project_dir>/checkpoints/checkpoint_<n>``."""
     total_limit: int | None = None
-    """Automatically named checkpoints that are kept; the oldest go after a new one is complete. ``None`` keeps all."""
+    """Automatically named checkpoints that are kept, besides the one resumed from; the oldest go after a new one is
+    complete. ``None`` keeps all."""
     iteration: int | None = None
     """Number of the first automatically named checkpoint; by default one more than any that is there."""
 
