@@ -151,6 +151,8 @@ class Accumulation:
         self._active: tuple[Window, ...] = (self._unbound,)
         self._everything: tuple[Window, ...] = self._active
         self._inside = False
+        self._others: list[tuple[torch.Tensor, torch.Tensor | None, int]] = []
+        """Parameters of unfinished windows that the current backward must leave alone, and their gradients before."""
         self._reference: torch.Tensor | None = None
         """About the items of the window that ended last, over all ranks: the scale of the next one's losses."""
 
@@ -220,6 +222,7 @@ class Accumulation:
         if self._inside:
             for window in self._active:
                 window.use("micro-batches" if num_items is None else "items")
+            self._watch_others()
         if num_items is not None:
             return self._by_items(loss, _as_count(num_items, loss))
         if not self._inside:
@@ -229,7 +232,12 @@ class Accumulation:
         return loss if divisor == 1 else loss / divisor
 
     def after_backward(self) -> None:
-        """Backward ran. Where it ended a window, its gradients get their final scale now."""
+        """Backward ran. Where it ended a window, its gradients get their final scale now.
+
+        Raises:
+            ConfigError: if it reached into the unfinished window of another model.
+        """
+        self._refuse_pollution()
         for window in self._active:
             window.pending = window.fresh = window.holds = True
             if window.sync and self._inside:
@@ -237,6 +245,24 @@ class Accumulation:
                     self._reference = _power_of_two(window.correct_items(self.strategy))
                 else:
                     window.correct_mean()
+
+    def _watch_others(self) -> None:
+        """Remember the gradients of unfinished windows that this backward is not for."""
+        if len(self._active) < len(self._everything):
+            others = [window for window in self._everything if window not in self._active and window.accumulating]
+            self._others = [(p, p.grad, _version(p.grad)) for window in others for p in window.parameters]
+
+    def _refuse_pollution(self) -> None:
+        others, self._others = self._others, []
+        for parameter, gradient, version in others:
+            if parameter.grad is not gradient or _version(parameter.grad) != version:
+                raise ConfigError(
+                    f"This backward, inside `accumulate` of one model, also added to the gradient of a parameter of "
+                    f"shape {tuple(parameter.shape)} whose own accumulation window is unfinished, so that one would "
+                    f"step on a foreign loss. Freeze the other model around it with `requires_grad_(False)` (under "
+                    f"several processes call it as `accelerator.unwrap_model(model)` then), or train both in one "
+                    f"`accumulate(...)`."
+                )
 
     def _common_divisor(self) -> int:
         if len(self._active) == 1:
@@ -323,6 +349,11 @@ def _as_count(num_items: int | float | torch.Tensor, loss: torch.Tensor) -> torc
         )
     # float64 counts exactly up to 2**53 items; a device without it counts up to 2**24.
     return count.to(torch.float32 if loss.device.type == "mps" else torch.float64)
+
+
+def _version(gradient: torch.Tensor | None) -> int:
+    """Counts the changes in place."""
+    return -1 if gradient is None else gradient._version
 
 
 def _at_least_one(total: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from accel_state.errors import ConfigError
@@ -25,6 +26,11 @@ def audit_model(model: nn.Module, *, name: str, prepared: Iterable[nn.Module]) -
                 f"{name} ({type(model).__name__}) is prepared already; wrapping it again would average its gradients "
                 f"twice. Call `prepare` once a model, and use what it returned."
             )
+    if isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            f"{name} is a DistributedDataParallel already, of this script or of another Accelerator; wrapping it again "
+            f"would average its gradients twice. Pass the module inside, `model.module`."
+        )
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise ConfigError(
