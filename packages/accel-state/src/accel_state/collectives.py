@@ -256,6 +256,11 @@ def _peers(process: Process | None) -> Process | None:
         if not Process.is_open():
             return None
         process = Process.current()
+    elif process.is_closed:
+        raise ConfigError(
+            f"{process!r} was closed, so its peers cannot be reached any more. "
+            f"Call collectives before `close()` or `end_training()`."
+        )
     return process if process.topology.world_size > 1 else None
 
 

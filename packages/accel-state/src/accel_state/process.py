@@ -82,6 +82,8 @@ class Process:
             settings.device, local_rank=self.topology.local_rank, local_world_size=self.topology.local_world_size
         )
         self._owns_group = False
+        self.is_closed = False
+        """Whether `close` was called: there are no peers to talk to any more."""
 
     @staticmethod
     def open(
@@ -142,13 +144,14 @@ class Process:
         return DistributedType(f"MULTI_{self.kind.label}")
 
     def barrier(self) -> None:
-        """Wait for all ranks. Every rank must call this."""
-        if self.topology.world_size > 1:
+        """Wait for all ranks. Every rank must call this. Once closed there is nobody to wait for."""
+        if self.topology.world_size > 1 and not self.is_closed:
             dist.barrier()
 
     def close(self) -> None:
         """Leave the world; the process group ends if it was started here. A second call does nothing."""
         global _current
+        self.is_closed = True
         if _current is self:
             _current = None
             if self._owns_group and dist.is_initialized():
