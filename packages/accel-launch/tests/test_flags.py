@@ -107,3 +107,8 @@ def test_what_cannot_be_read_is_refused(words: list[str], message: str) -> None:
 def test_no_script() -> None:
     line = read_command_line(["--cpu"])
     assert (line.script, line.args) == (None, ())
+
+
+def test_a_value_that_is_not_equal_to_itself_is_no_second_one() -> None:
+    with pytest.raises(ConfigError, match="`--timeout nan` is no time"):
+        LaunchOptions(**read_command_line(["--timeout", "nan", "train.py"]).given)

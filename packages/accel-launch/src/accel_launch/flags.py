@@ -190,7 +190,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
                     )
                 text = rest.pop(0)
             value = flag.read(text)
-        if given.get(flag.field, value) != value:
+        if flag.field in given and given[flag.field] != value:
             raise ConfigError(
                 f"`--{flag.name}` was given twice, as {given[flag.field]} and as {value}, and it can be only one. "
                 f"Remove one of them."

@@ -20,6 +20,7 @@ from typing import Any
 
 from accel_launch.host import inspect_host
 from accel_launch.port import hold_free_port
+from accel_launch.watch import speaks_of_lost_peer
 from accel_state.config import LaunchSettings, MixedPrecision, RunConfig
 from accel_state.env import Launcher, ProcessEnvironment, snapshot
 from accel_state.errors import AccelError, ConfigError
@@ -27,6 +28,8 @@ from accel_state.errors import AccelError, ConfigError
 __all__ = ["WorkerError", "debug_launcher", "notebook_launcher"]
 
 _TERMINATED_WITHIN_S = 1.5
+_BLAME_WITHIN_S = 2.0
+"""How long a rank that lost its peer may be ahead of the report of that peer."""
 
 
 class WorkerError(AccelError, RuntimeError):
@@ -223,8 +226,10 @@ def _unreported(code: int | None) -> str:
 
 def _wait(workers: list[_Worker]) -> None:
     waiting = {worker.receiver: worker for worker in workers}
+    failures: list[tuple[int, str]] = []
     while waiting:
-        for receiver in multiprocessing.connection.wait(list(waiting)):
+        ready = multiprocessing.connection.wait(list(waiting), timeout=_BLAME_WITHIN_S if failures else None)
+        for receiver in ready:
             worker = waiting.pop(receiver)  # type: ignore[call-overload]
             kind, text = worker.result()
             if kind == "autograd":
@@ -233,7 +238,11 @@ def _wait(workers: list[_Worker]) -> None:
                     "cannot compute gradients. Restart the kernel, and train only inside the launched function."
                 )
             if kind == "failed":
-                raise WorkerError(worker.rank, text)
+                failures.append((worker.rank, text))
+        if failures and not (ready and all(speaks_of_lost_peer(text.encode()) for _, text in failures)):
+            break  # the cause is among them, or nobody else has anything to say
+    if failures:
+        raise WorkerError(*min(failures, key=lambda failure: speaks_of_lost_peer(failure[1].encode())))
     for worker in workers:
         worker.process.join()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["FINAL_RELEASE_AFTER_S", "RELEASE_AFTER_S", "StderrWatch"]
+__all__ = ["FINAL_RELEASE_AFTER_S", "RELEASE_AFTER_S", "StderrWatch", "speaks_of_lost_peer"]
 
 RELEASE_AFTER_S = 1.0
 """How long a process lives on after a traceback for that to be something it logged."""
@@ -35,6 +35,11 @@ _UNCAUGHT = re.compile(
     rb"Traceback \(most recent call last\):\r?\n[^\n]*File [^\n]*, in (?:<module>|_run_module_as_main)"
 )
 _LINE_END = re.compile(rb"[\r\n]")
+
+
+def speaks_of_lost_peer(text: bytes) -> bool:
+    """Whether a traceback is about a peer that went away, and so not the cause."""
+    return _CASCADE.search(text) is not None
 
 
 class StderrWatch:
@@ -108,7 +113,7 @@ class StderrWatch:
     @property
     def looks_cascaded(self) -> bool:
         """Whether what is held back speaks of a peer that went away."""
-        return _CASCADE.search(self._held) is not None
+        return speaks_of_lost_peer(bytes(self._held))
 
     @property
     def _patience_s(self) -> float:

@@ -14,6 +14,7 @@ from accel_launch.backends.signals import SignalPipe
 from accel_launch.backends.streams import Stream, write_all
 from accel_launch.backends.worker import Worker
 from accel_launch.plan import LaunchPlan
+from accel_state.errors import ConfigError
 
 __all__ = ["run_local"]
 
@@ -78,7 +79,13 @@ class _Run:
     def start(self, inherited: Mapping[str, str], guard: Guard) -> None:
         log_dir = Path(self._plan.log_dir) if self._plan.log_dir is not None else None
         if log_dir is not None:
-            log_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                log_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"`--log-dir {log_dir}` was given, but that folder cannot be made ({error.strerror}). "
+                    f"Name a folder that can be written, or leave the flag out."
+                ) from error
         for process in self._plan.processes:
             worker = Worker(process, self._plan.environment(process, inherited), log_dir)
             self._workers.append(worker)
