@@ -54,6 +54,8 @@ def save_checkpoint(final: Path, items: Sequence[Item], *, process: Process, ste
     Raises:
         CheckpointError: on every rank, if any could not write; the error names the rank and the reason.
     """
+    if final.is_symlink():
+        final = final.resolve()  # what the link names is replaced, on the disk where it lies, and the link stays
     temporary = Path(_on_main(process, lambda: str(_begin(final))))
     try:
         answers: list[_Answer] = gather_object([(process.topology.rank, *_write(temporary, items))], process=process)
