@@ -222,7 +222,8 @@ class Accumulation:
         if self._inside:
             for window in self._active:
                 window.use("micro-batches" if num_items is None else "items")
-            self._watch_others()
+            if len(self._active) < len(self._everything):
+                self._watch_others()
         if num_items is not None:
             return self._by_items(loss, _as_count(num_items, loss))
         if not self._inside:
@@ -237,7 +238,8 @@ class Accumulation:
         Raises:
             ConfigError: if it reached into the unfinished window of another model.
         """
-        self._refuse_pollution()
+        if self._others:
+            self._refuse_pollution()
         for window in self._active:
             window.pending = window.fresh = window.holds = True
             if window.sync and self._inside:
@@ -248,9 +250,8 @@ class Accumulation:
 
     def _watch_others(self) -> None:
         """Remember the gradients of unfinished windows that this backward is not for."""
-        if len(self._active) < len(self._everything):
-            others = [window for window in self._everything if window not in self._active and window.accumulating]
-            self._others = [(p, p.grad, _version(p.grad)) for window in others for p in window.parameters]
+        others = [window for window in self._everything if window not in self._active and window.accumulating]
+        self._others = [(p, p.grad, _version(p.grad)) for window in others for p in window.parameters]
 
     def _refuse_pollution(self) -> None:
         others, self._others = self._others, []

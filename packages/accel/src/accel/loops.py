@@ -45,6 +45,8 @@ class Loops:
     @property
     def remaining(self) -> int | None:
         """Batches after this one, until the innermost loop ends or reads on anew; ``None`` where that is not known."""
+        if not self._loops:
+            return None
         return min((info.remaining for info in self.infos if info.remaining is not None), default=None)
 
     def loader_started(self, loader: StatefulLoader[Any]) -> None:
@@ -73,6 +75,8 @@ class Loops:
 
     def feed(self, window: Hashable, *, first: bool) -> None:
         """A micro-batch of `window` begins, its first one or a later one, on the batches that the loops are at."""
+        if not self._loops and window not in self._fed:
+            return
         start, seen = self._fed.get(window) or ({}, {})
         if first:
             start = {}
