@@ -24,6 +24,8 @@ def current_batch(loops: Loops) -> BatchInfo | None:
             turns differ in it, or the loop is over.
     """
     infos = loops.infos
+    if len(infos) == 1:
+        return infos[0]
     if not infos:
         if loops.ended_padded:
             raise ConfigError(
