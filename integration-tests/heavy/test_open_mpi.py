@@ -12,6 +12,9 @@ import pytest
 MPIRUN = shutil.which("mpirun")
 
 SCRIPT = """
+import sys
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from accel_state import Process, ProcessSettings
@@ -21,7 +24,8 @@ with Process.open(ProcessSettings(device="cpu", timeout_s=60)) as process:
     if process.topology.world_size > 1:  # a world of one has no process group
         dist.all_reduce(total)
     topology = process.topology
-    print(f"{process.environment.launcher.value} {topology.rank}/{topology.world_size} {total.item():g}")
+    line = f"{process.environment.launcher.value} {topology.rank}/{topology.world_size} {total.item():g}"
+    (Path(sys.argv[1]) / str(topology.rank)).write_text(line)  # printed lines of several ranks may run into each other
 """
 
 
@@ -30,9 +34,12 @@ with Process.open(ProcessSettings(device="cpu", timeout_s=60)) as process:
 def test_ranks_of_mpirun_meet(run_command: Any, tmp_path: Path, world_size: int) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT)
-    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(world_size), sys.executable, script]
-    done = run_command(command, timeout_s=90, env={"OMP_NUM_THREADS": "1"})
+    said = tmp_path / "said"
+    said.mkdir()
+    ranks = [sys.executable, script, said]
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(world_size), *ranks]
+    run_command(command, timeout_s=90, env={"OMP_NUM_THREADS": "1"})
     total = world_size * (world_size + 1) // 2
-    assert sorted(done.stdout.split("\n")[:-1]) == [
-        f"open-mpi {rank}/{world_size} {total}" for rank in range(world_size)
-    ]
+    assert {path.name: path.read_text() for path in said.iterdir()} == {
+        str(rank): f"open-mpi {rank}/{world_size} {total}" for rank in range(world_size)
+    }
