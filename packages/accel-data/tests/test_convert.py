@@ -172,8 +172,6 @@ class Endless:
     ("make", "message"),
     [
         (lambda: [1, 2, 3], r"A `list` was given as train loader, and only a `torch.utils.data.DataLoader`"),
-        (lambda: DataLoader(DATA, batch_size=None), "built with `batch_size=None`"),
-        (lambda: DataLoader(Stream(), batch_size=None), "built with `batch_size=None`"),
         (lambda: DataLoader(DATA, in_order=False), "built with `in_order=False`"),
         (lambda: DataLoader(DATA, sampler=Endless()), "The sampler of the train loader, a `Endless`, has no length"),
         (lambda: DataLoader(DATA, batch_sampler=Endless()), "a `Endless`, has no length"),
@@ -194,7 +192,7 @@ def test_settings_of_the_users_loader_are_kept() -> None:
         multiprocessing_context="fork",
     )  # fmt: skip
     loader = prepare(user, Topology())
-    inner = loader._inner
+    inner = loader._source._feed._loader
     for name in ("num_workers", "prefetch_factor", "collate_fn", "timeout", "persistent_workers"):
         assert getattr(inner, name) == getattr(user, name), name
     assert inner.multiprocessing_context.get_start_method() == "fork"

@@ -160,5 +160,8 @@ def test_plans_of_many_chunks_have_no_seams(offset: int) -> None:
 
     length = 60_000
     cut = GlobalBatches(num_samples=length - offset, batch_size=7, world=2, even=False)
-    ranks = [list(SamplePlan(SequentialOrder(length), cut, offset=offset, rank=rank).indices()) for rank in range(2)]
+    ranks = [
+        [rows.indices for rows in SamplePlan(SequentialOrder(length), cut, offset=offset).batches(rank)]
+        for rank in range(2)
+    ]
     assert [each for step in zip(*ranks, strict=True) for ids in step for each in ids] == list(range(offset, length))

@@ -13,8 +13,10 @@ NAMES = [
     "GlobalBatches",
     "PermutedOrder",
     "Position",
+    "SampleError",
     "ShardedLoader",
     "__version__",
+    "is_loader",
     "prepare_data_loader",
     "skip_first_batches",
 ]

@@ -12,21 +12,25 @@ from accel_data._version import __version__
 
 if TYPE_CHECKING:
     from accel_data.batches import BatchGroups as BatchGroups
-    from accel_data.convert import DataLoaderConfiguration as DataLoaderConfiguration
+    from accel_data.configuration import DataLoaderConfiguration as DataLoaderConfiguration
+    from accel_data.convert import is_loader as is_loader
     from accel_data.convert import prepare_data_loader as prepare_data_loader
     from accel_data.convert import skip_first_batches as skip_first_batches
     from accel_data.loader import ShardedLoader as ShardedLoader
     from accel_data.order import PermutedOrder as PermutedOrder
     from accel_data.partition import GlobalBatches as GlobalBatches
     from accel_data.position import Position as Position
+    from accel_data.reading import SampleError as SampleError
 
 _HOME = {
     "BatchGroups": "batches",
-    "DataLoaderConfiguration": "convert",
+    "DataLoaderConfiguration": "configuration",
     "GlobalBatches": "partition",
     "PermutedOrder": "order",
     "Position": "position",
+    "SampleError": "reading",
     "ShardedLoader": "loader",
+    "is_loader": "convert",
     "prepare_data_loader": "convert",
     "skip_first_batches": "convert",
 }

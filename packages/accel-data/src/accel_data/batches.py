@@ -70,15 +70,19 @@ class BatchGroups:
         real = tuple(len(batch) for batch in self._batches[first : first + self._world])
         return real + (0,) * (self._world - len(real))
 
-    def indices(self, step: int, rank: int) -> list[Any] | None:
-        """The batch of `rank` in `step`, or ``None`` where it gets none."""
+    def taken(self, step: int, rank: int) -> tuple[int, Sequence[int]] | None:
+        """Which batch `rank` takes rows of in `step`, and which rows; ``None`` where it gets none."""
         if self._split:
-            batch = self._batches[step]
-            share = share_of(len(batch), rank, self._world, even=self._even)
-            return [batch[position] for position in share.positions] or None
+            share = share_of(len(self._batches[step]), rank, self._world, even=self._even)
+            return (step, share.positions) if share.rows else None
+        first = step * self._world
         if rank < self._num_in(step):
-            return list(self._batches[step * self._world + rank])
-        return list(self._batches[step * self._world]) if self._even else None
+            return first + rank, range(len(self._batches[first + rank]))
+        return (first, range(len(self._batches[first]))) if self._even else None
+
+    def batch(self, number: int) -> Sequence[Any]:
+        """One of the batches."""
+        return self._batches[number]
 
     def consumed(self, num_batches: int) -> int:
         """Batches of the sampler's that the first `num_batches` steps use up."""

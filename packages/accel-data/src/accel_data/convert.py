@@ -2,53 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, default_convert
 
+from accel_data.agreement import agree, has_peers, share
+from accel_data.assembly import SizeExchange
+from accel_data.configuration import DataLoaderConfiguration
+from accel_data.dispatch import DispatchedSteps, TreeChannel
 from accel_data.loader import ShardedLoader
+from accel_data.parts import Parts
+from accel_data.prefetch import pin_wanted
 from accel_data.randomness import draw_seed
+from accel_data.reading import SampleReader, WorkerInit, draws_nothing
 from accel_data.sampler import ShardedBatchSampler
-from accel_data.source import BatchSource, SampleSource, Source, StreamSource
-from accel_data.stream import ShardedStream, StreamWorkerInit, hand_over
-from accel_data.user_sampler import agree, recognise, refuse_sharded
+from accel_data.sharding import check_given, divide, divided_sampler, parts_of, refuse_sharded
+from accel_data.source import BatchSource, Feed, PartedSource, SampleSource, Source
+from accel_data.stream import PartStream, hand_over
+from accel_data.stream_source import StreamSource
+from accel_data.user_sampler import own_batch_sampler, recognise
 from accel_state.errors import ConfigError
 from accel_state.topology import Topology
 
-__all__ = ["DataLoaderConfiguration", "prepare_data_loader", "skip_first_batches"]
+__all__ = ["is_loader", "prepare_data_loader", "skip_first_batches"]
 
 AnyLoader: TypeAlias = "ShardedLoader | DataLoader[Any]"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataLoaderConfiguration:
-    """How loaders are sharded."""
+def is_loader(each: object) -> bool:
+    """Whether `prepare_data_loader` takes it for a loader: a DataLoader, or an iterable that knows its place.
 
-    split_batches: bool = False
-    """Whether the batch size of a loader is that of the global batch, which the ranks divide; else each rank
-    gets batches of that size."""
-    even_batches: bool = True
-    """Whether all ranks get as many batches, of as many rows, by repeating samples at the end. Repeats are marked."""
-    data_seed: int | None = None
-    """Seed of the order of samples; ``None`` draws one from the loader's generator, else torch's default one."""
-    non_blocking: bool = False
-    """Whether copies to the device overlap with the host. Needs pinned memory; ignored where nothing is copied."""
-
-    def __post_init__(self) -> None:
-        seed = self.data_seed
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63):
-            raise ConfigError(
-                f"`data_seed={seed!r}` was given, and a seed is an integer from 0 to 2**63 - 1. "
-                f"Give such a number, or `None` to have one drawn."
-            )
+    The latter gives batches of its own making, as a ``torchdata.nodes.Loader`` does.
+    """
+    if isinstance(each, (DataLoader, ShardedLoader)):
+        return True
+    return all(callable(getattr(each, name, None)) for name in ("__iter__", "state_dict", "load_state_dict"))
 
 
 def prepare_data_loader(
-    loader: AnyLoader,
+    loader: Any,
     *,
     topology: Topology,
     device: torch.device | None = None,
@@ -61,29 +56,31 @@ def prepare_data_loader(
     order. A loader that is sharded already comes back as it is.
 
     Args:
-        loader: over a map-style or an iterable dataset, with automatic batching.
+        loader: a DataLoader over a map-style or an iterable dataset. With ``batch_size=None`` each item of the dataset
+            is a batch; so it is for any other iterable with ``state_dict`` and ``load_state_dict``.
         topology: this rank's place; ranks with one ``data_rank`` get the same samples.
         device: where batches are moved to; ``None`` leaves them where they are.
         config: how to shard.
         name: how the loader is called in errors.
 
     Raises:
-        ConfigError: if it is no DataLoader, is sharded by its sampler already, or cannot be sharded as asked.
+        ConfigError: if it is no loader, is sharded already, or cannot be sharded as asked.
     """
     config = config or DataLoaderConfiguration()
     if isinstance(loader, ShardedLoader):
         return loader
     _check(loader, topology, name)
-    iterable = isinstance(loader.dataset, IterableDataset)
+    given = loader if isinstance(loader, DataLoader) else DataLoader(_Batches(loader), batch_size=None)
+    iterable = isinstance(given.dataset, IterableDataset)
+    refuse_sharded(given, topology, config, name=name)
     make = _stream_source if iterable else _map_source
-    source, inner = make(loader, topology, config, name)
+    source = make(given, topology, device, config, name)
     seed = config.data_seed
     if seed is None:
-        seed = agree(draw_seed(loader.generator or getattr(loader.sampler, "generator", None)), topology)
+        seed = agree(draw_seed(given.generator or getattr(given.sampler, "generator", None)), topology)
     return ShardedLoader(
         source,
         user_loader=loader,
-        inner=inner,
         seed=seed,
         device=device,
         non_blocking=config.non_blocking,
@@ -109,9 +106,10 @@ def skip_first_batches(loader: AnyLoader, num_batches: int = 0) -> AnyLoader:
             )
         indices = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         skipping = _SkipFirst(indices, num_batches)
+        plain = DataLoaderConfiguration()
         if loader.batch_sampler is None:
-            return _rebuilt(loader, sampler=skipping, batch_size=None, generator=loader.generator)
-        return _rebuilt(loader, batch_sampler=skipping, generator=loader.generator)
+            return _rebuilt(loader, None, plain, sampler=skipping, batch_size=None, generator=loader.generator)
+        return _rebuilt(loader, None, plain, batch_sampler=skipping, generator=loader.generator)
     return prepare_data_loader(loader, topology=Topology()).skip_first(num_batches)
 
 
@@ -130,27 +128,53 @@ class _SkipFirst(Sampler[Any]):
         return max(0, len(self._sampler) - self._num_items)
 
 
+class _Batches(IterableDataset[Any]):
+    """An iterable of the user's that gives batches and knows its place, as a dataset."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_batches" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._batches, name)
+
+
+class _Single:
+    """Collation of an iterable whose items are batches."""
+
+    def __init__(self, convert: Callable[[Any], Any]) -> None:
+        self._convert = convert
+
+    def __call__(self, items: list[Any]) -> Any:
+        (item,) = items
+        return self._convert(item)
+
+
 def _check(loader: object, topology: Topology, name: str) -> None:
-    if not isinstance(loader, DataLoader):
+    if not is_loader(loader):
         raise ConfigError(
-            f"A `{type(loader).__name__}` was given as {name}, and only a `torch.utils.data.DataLoader` can be "
-            f"sharded. Wrap the data in a DataLoader."
+            f"A `{type(loader).__name__}` was given as {name}, and only a `torch.utils.data.DataLoader`, or an "
+            f"iterable with `state_dict` and `load_state_dict`, can be sharded. Wrap the data in a DataLoader."
         )
+    if not isinstance(loader, DataLoader):
+        return
     if not getattr(loader, "in_order", True):
         raise ConfigError(
             f"The {name} was built with `in_order=False`, so which batch comes when depends on the speed of its "
             f"workers, and neither padding nor a place in the epoch can be told. Build it with `in_order=True`."
         )
-    if loader.batch_size is None and loader.batch_sampler is None:
+    if getattr(loader, "next_iter_state", None) is not None:
         raise ConfigError(
-            f"The {name} was built with `batch_size=None`: its dataset makes batches itself, so single samples cannot "
-            f"be dealt out to {topology.data_world_size} data ranks. "
-            f"Build it with a `batch_size`, or with a `batch_sampler` for batches of your own making."
+            f"The {name} was given with a state loaded into it, and the loader made of it would begin elsewhere. "
+            f"Prepare it first, and load a state into what `prepare` returns."
         )
     if isinstance(loader.dataset, IterableDataset):
         return
-    refuse_sharded(loader, topology, name=name)
-    indices = loader.batch_sampler if recognise(loader) == "batch_sampler" else loader.batch_sampler.sampler  # type: ignore[union-attr]
+    indices = loader.batch_sampler if own_batch_sampler(loader) else _sampler_of(loader)
     for what, each in (("dataset", loader.dataset), ("sampler", indices)):
         if not hasattr(each, "__len__"):
             raise ConfigError(
@@ -159,62 +183,149 @@ def _check(loader: object, topology: Topology, name: str) -> None:
             )
 
 
+def _sampler_of(loader: DataLoader[Any]) -> Any:
+    batch_sampler = loader.batch_sampler
+    return batch_sampler.sampler if isinstance(batch_sampler, BatchSampler) else loader.sampler
+
+
+def _dealt(topology: Topology, config: DataLoaderConfiguration) -> DispatchedSteps | None:
+    if not config.dispatch_batches or not has_peers(topology):
+        return None
+    return DispatchedSteps(TreeChannel(topology), topology)
+
+
 def _map_source(
-    loader: DataLoader[Any], topology: Topology, config: DataLoaderConfiguration, name: str
-) -> tuple[Source, DataLoader[Any]]:
+    loader: DataLoader[Any],
+    topology: Topology,
+    device: torch.device | None,
+    config: DataLoaderConfiguration,
+    name: str,
+) -> Source:
+    parts = parts_of(loader.dataset, topology, config, name=name)
+    single = loader.batch_size is None and loader.batch_sampler is None
+    ticketed = not draws_nothing(loader.dataset)
     batch_sampler = ShardedBatchSampler()
-    inner = _rebuilt(loader, batch_sampler=batch_sampler)
-    kind = recognise(loader)
-    user_sampler: Any = loader.batch_sampler
+    dataset = divide(loader.dataset, parts, config, name=name)
+    changes: dict[str, Any] = {"dataset": dataset}
+    if ticketed:
+        changes["dataset"] = SampleReader(dataset, name=name, rank=topology.data_rank, one_a_batch=single)
+        changes["worker_init_fn"] = WorkerInit(loader.worker_init_fn) if loader.num_workers else None
+    changes |= {"sampler": batch_sampler, "batch_size": None} if single else {"batch_sampler": batch_sampler}
+    inner = _rebuilt(loader, device, config, **changes)
+    dealt = _dealt(topology, config)
+    feed = Feed(inner, batch_sampler, ticketed=ticketed, single=single, topology=topology, dealt=dealt)
+    kind = recognise(loader, seedable=config.use_seedable_sampler)
     if kind == "batch_sampler":
         return BatchSource(
-            inner,
-            batch_sampler,
-            user_sampler=user_sampler,
+            feed,
+            user_sampler=loader.batch_sampler,
+            num_samples=lambda: len(loader.dataset),  # type: ignore[arg-type]
             split=config.split_batches,
             even=config.even_batches,
             topology=topology,
             name=name,
-        ), inner
-    assert isinstance(user_sampler, BatchSampler)
-    return SampleSource(
-        inner,
-        batch_sampler,
-        sampler=user_sampler.sampler,
-        kind=kind,
-        batch_size=_rank_batch_size(user_sampler.batch_size, topology, config, name),
-        drop_last=user_sampler.drop_last,
-        even=config.even_batches,
-        topology=topology,
-        name=name,
-    ), inner
+        )
+    batch_sampler_given: Any = loader.batch_sampler
+    batch_size = 1 if single else _rank_batch_size(batch_sampler_given.batch_size, topology, config, name)
+    settings: dict[str, Any] = {
+        "kind": kind,
+        "batch_size": batch_size,
+        "drop_last": False if single else batch_sampler_given.drop_last,
+        "even": config.even_batches,
+        "topology": topology,
+        "name": name,
+    }
+    sampler = _sampler_of(loader)
+    if parts.num == 1 and config.sharding != "given":
+        _check_lengths(sampler, topology, name)
+        return SampleSource(feed, sampler=sampler, **settings)
+    sampler = divided_sampler(sampler, dataset, kind, config, name=name)
+    lengths = _lengths(len(sampler), loader.dataset, parts, topology, config, name)
+    return PartedSource(feed, sampler=sampler, lengths=lengths, parts=parts, **settings)
+
+
+def _check_lengths(sampler: Any, topology: Topology, name: str) -> None:
+    lengths = share(len(sampler), topology)
+    if len(set(lengths)) > 1:
+        raise ConfigError(
+            f"The {name} has {', '.join(map(str, lengths))} samples on ranks 0 to {len(lengths) - 1}: ranks that see "
+            f"other data cannot cut one order among them. Give every rank the same dataset, or say with "
+            f'`sharding="given"` that each has its own part.'
+        )
+
+
+def _lengths(
+    own: int, dataset: Any, parts: Parts, topology: Topology, config: DataLoaderConfiguration, name: str
+) -> list[int]:
+    """Samples of each part. What other ranks read is asked of them; in a simulated world the rule tells it."""
+    if has_peers(topology):
+        lengths = dict(share((parts.own, own), topology))
+    else:
+        others = (Parts(parts.part_of, parts.part_of.index(part)) for part in range(parts.num))
+        lengths = {each.own: len(divide(dataset, each, config, name=name)) for each in others}
+        lengths[parts.own] = own
+    if not all(lengths.values()):
+        empty = min(part for part, length in lengths.items() if not length)
+        raise ConfigError(
+            f"Part {empty} of the {name} holds no sample, so its ranks have nothing to read. "
+            f"Divide the dataset so that every part holds some, or use fewer ranks."
+        )
+    return [lengths[part] for part in range(parts.num)]
 
 
 def _stream_source(
-    loader: DataLoader[Any], topology: Topology, config: DataLoaderConfiguration, name: str
-) -> tuple[Source, DataLoader[Any]]:
-    assert loader.batch_size is not None
+    loader: DataLoader[Any],
+    topology: Topology,
+    device: torch.device | None,
+    config: DataLoaderConfiguration,
+    name: str,
+) -> Source:
     dataset: Any = loader.dataset
-    batch_size = _rank_batch_size(loader.batch_size, topology, config, name)
-    stream = ShardedStream(
+    size = loader.batch_size
+    single = size is None
+    batch_size = 1 if size is None else _rank_batch_size(size, topology, config, name)
+    collate: Any = _Single(loader.collate_fn or default_convert) if single else loader.collate_fn
+    parts = parts_of(dataset, topology, config, name=name)
+    if parts.num == 1:
+        check_given(dataset, topology, name=name)
+    several = parts.num > 1 and has_peers(topology)
+    speaks = topology.rank == min(_ranks_reading(topology, parts)) if several else True
+
+    def build(stream: PartStream) -> DataLoader[Any]:
+        return _rebuilt(
+            loader,
+            device,
+            config,
+            dataset=stream,
+            batch_size=None,
+            collate_fn=hand_over,
+            worker_init_fn=WorkerInit(loader.worker_init_fn) if loader.num_workers else None,
+        )
+
+    return StreamSource(
         dataset,
-        collate=loader.collate_fn,
+        divide=lambda num, part: divide(dataset, Parts(tuple(range(num)), part), config, name=name),
+        build=build,
+        collate=collate,
+        parts=parts,
         batch_size=batch_size,
-        world=topology.data_world_size,
-        rank=topology.data_rank,
         drop_last=loader.drop_last,
         even=config.even_batches,
+        stateful=config.use_stateful_dataloader,
+        exchange=SizeExchange(parts, speaks=speaks) if several else None,
+        dealt=_dealt(topology, config),
+        topology=topology,
+        num_workers=loader.num_workers,
+        persistent=loader.persistent_workers,
+        name=name,
     )
-    if loader.num_workers:
-        stream.share_memory()
-    inner = _rebuilt(
-        loader,
-        dataset=stream,
-        batch_size=None,
-        collate_fn=hand_over,
-        worker_init_fn=StreamWorkerInit(loader.worker_init_fn) if loader.num_workers else None,
-    )
-    return StreamSource(inner, stream, batch_size=batch_size, topology=topology), inner
+
+
+def _ranks_reading(topology: Topology, parts: Parts) -> Iterator[int]:
+    """World ranks whose data rank reads the same part as this one."""
+    for rank in range(topology.world_size):
+        if parts.part_of[topology.at(rank).data_rank] == parts.own:
+            yield rank
 
 
 def _rank_batch_size(given: int, topology: Topology, config: DataLoaderConfiguration, name: str) -> int:
@@ -232,13 +343,15 @@ def _rank_batch_size(given: int, topology: Topology, config: DataLoaderConfigura
     return given // world
 
 
-def _rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
-    """A loader with the workers, collation and pinning of another."""
+def _rebuilt(
+    loader: DataLoader[Any], device: torch.device | None, config: DataLoaderConfiguration, **changes: Any
+) -> DataLoader[Any]:
+    """A loader with the workers and collation of another, pinned where that lets copies overlap."""
     arguments: dict[str, Any] = {
         "dataset": loader.dataset,
         "num_workers": loader.num_workers,
         "collate_fn": loader.collate_fn,
-        "pin_memory": loader.pin_memory,
+        "pin_memory": loader.pin_memory or pin_wanted(device, config.non_blocking),
         "timeout": loader.timeout,
         "worker_init_fn": loader.worker_init_fn,
         "generator": torch.Generator(),

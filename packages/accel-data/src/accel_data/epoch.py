@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
-from accel_data.partition import split_real_rows, split_rows
 from accel_data.position import Position
 from accel_data.sampler import EpochPlan
-from accel_data.stream import Parcel
 from accel_state.protocols import BatchInfo
 
-__all__ = ["EpochRun", "PlannedRun", "StreamRun"]
+__all__ = ["EpochRun", "Note", "PlannedRun", "Step", "StreamRun"]
 
-_END: Any = object()
-_logger = logging.getLogger(__name__)
+Step = tuple[Any, Any]
+"""A batch of this rank, ``None`` where it has no part in a step, and what its run has to count it by."""
+
+_MAX_NOTES = 4096
 
 
 class EpochRun(Protocol):
@@ -24,10 +24,12 @@ class EpochRun(Protocol):
 
     start: Position
 
-    def batches(self) -> Iterable[Any]:
-        """This rank's batches. `advance` is called for each before it is handed out."""
+    def steps(self) -> Iterable[Step]:
+        """This rank's batches. They count once they are given to `advance`, so one may be taken ahead."""
 
-    def advance(self) -> None: ...
+    def advance(self, note: Any) -> None:
+        """The batch that came with `note` is handed out."""
+
     def info(self) -> BatchInfo | None:
         """The batch handed out last; ``None`` before the first."""
 
@@ -51,11 +53,12 @@ class PlannedRun:
         self._num_full = plan.num_full
         self._full_rows = plan.rows(0) if plan.num_full else ()
 
-    def batches(self) -> Iterable[Any]:
+    def steps(self) -> Iterator[Step]:
         """The batches of the underlying loader as they are."""
-        return self._batches
+        for batch in self._batches:
+            yield batch, None
 
-    def advance(self) -> None:
+    def advance(self, note: Any) -> None:
         """Count one batch."""
         self._done += 1
 
@@ -81,80 +84,55 @@ class PlannedRun:
     def position(self, rewind: int) -> Position | None:
         """The place `rewind` batches back."""
         done = self._done - rewind
-        if done < 0:
-            return None
-        start = self.start
-        return Position(
-            seed=start.seed,
-            epoch=start.epoch,
-            batches=start.batches + done,
-            cursor=start.cursor + self._plan.consumed(done),
-            fingerprint=start.fingerprint,
-        )
+        return None if done < 0 else self._plan.after(self.start, done)
+
+
+class Note(NamedTuple):
+    """What is known of one step of a stream."""
+
+    rows: tuple[int, ...]
+    """Rows of each data rank, padding included."""
+    real_rows: tuple[int, ...]
+    """Real rows of each data rank."""
+    is_last: bool
+    places: dict[int, Any]
+    """Where the parts that this rank reads stand after it, by number of the part."""
+    num_parts: int
+    """How many parts there are."""
 
 
 class StreamRun:
-    """A run over an iterable dataset: reads one batch ahead, to know the last one.
+    """A run over an iterable dataset."""
 
-    Args:
-        start: where it starts.
-        parcels: what the underlying loader gives.
-        num_skipped: parcels at the front that had been handed out before.
-        world: number of data ranks.
-        even: whether a partial global batch is padded.
-        may_pad: whether any batch may hold padding.
-        report: whether to say how long it took to get to `start`.
-    """
-
-    def __init__(
-        self,
-        start: Position,
-        parcels: Iterable[Parcel],
-        *,
-        num_skipped: int,
-        world: int,
-        even: bool,
-        may_pad: bool,
-        report: bool,
-    ) -> None:
+    def __init__(self, start: Position, steps: Iterable[tuple[Any, Note]], *, may_pad: bool) -> None:
         self.start = start
-        self._parcels = parcels
-        self._num_skipped = num_skipped
-        self._world = world
-        self._even = even
+        self._steps = steps
         self._may_pad = may_pad
-        self._report = report
-        self._sizes: list[list[int]] = []  # [samples of a global batch, how many such in a row]
+        self._notes: deque[Note] = deque(maxlen=_MAX_NOTES)
         self._done = 0
-        self._is_last = False
+        self._cursor = start.cursor
 
-    def batches(self) -> Iterator[Any]:
-        """This rank's batches, each counted when it is handed out."""
-        parcels = iter(self._parcels)
-        pending = self._first(parcels)
-        while pending is not _END:
-            following = next(parcels, _END)
-            size, batch = pending
-            self._is_last = following is _END
-            self._count(size)
-            pending = following
-            if batch is not None:
-                yield batch
+    def steps(self) -> Iterable[Step]:
+        """This rank's batches."""
+        return self._steps
 
-    def advance(self) -> None:
-        """Nothing: `batches` counts, since a step in which this rank has no part counts too."""
+    def advance(self, note: Note) -> None:
+        """Count one step, also where this rank has no part in it."""
+        self._done += 1
+        self._cursor += sum(note.real_rows)
+        self._notes.append(note)
 
     def info(self) -> BatchInfo | None:
         """The batch handed out last."""
-        if not self._sizes:
+        if not self._notes:
             return None
-        size = self._sizes[-1][0]
+        note = self._notes[-1]
         return BatchInfo(
             self.start.epoch,
             self.start.batches + self._done - 1,
-            split_rows(size, self._world, even=self._even),
-            split_real_rows(size, self._world, even=self._even),
-            0 if self._is_last else None,
+            note.rows,
+            note.real_rows,
+            0 if note.is_last else None,
             self._may_pad,
         )
 
@@ -163,36 +141,16 @@ class StreamRun:
         return self._done
 
     def position(self, rewind: int) -> Position | None:
-        """The place `rewind` batches back."""
-        if rewind > self._done:
+        """The place `rewind` batches back; ``None`` also where that is more than some thousands."""
+        if rewind == self._done:
+            return self.start
+        if rewind >= len(self._notes):
             return None
-        cursor, left = self.start.cursor, self._done - rewind
-        for size, count in self._sizes:
-            cursor += size * min(count, left)
-            left -= min(count, left)
-        batches = self.start.batches + self._done - rewind
-        return Position(seed=self.start.seed, epoch=self.start.epoch, batches=batches, cursor=cursor)
-
-    def _first(self, parcels: Iterator[Parcel]) -> Any:
-        began = time.perf_counter()
-        for _ in range(self._num_skipped):
-            if next(parcels, _END) is _END:
-                return _END
-        first = next(parcels, _END)
-        if self._report and self.start.cursor:
-            seconds = time.perf_counter() - began
-            _logger.warning(
-                "Going on at sample %d of an iterable dataset: the samples before were read again and dropped, "
-                "uncollated, in %.1f s (%.0f a second).",
-                self.start.cursor,
-                seconds,
-                self.start.cursor / max(seconds, 1e-9),
-            )
-        return first
-
-    def _count(self, size: int) -> None:
-        self._done += 1
-        if self._sizes and self._sizes[-1][0] == size:
-            self._sizes[-1][1] += 1
-        else:
-            self._sizes.append([size, 1])
+        undone = list(self._notes)[len(self._notes) - rewind :] if rewind else []
+        return replace(
+            self.start,
+            batches=self.start.batches + self._done - rewind,
+            cursor=self._cursor - sum(sum(note.real_rows) for note in undone),
+            places=self._notes[-1 - rewind].places,
+            num_parts=self._notes[-1 - rewind].num_parts,
+        )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from accel_data.epoch import EpochRun
+from accel_data.epoch import EpochRun, Step
 from accel_data.position import Position, read_position, write_position
+from accel_data.prefetch import SideStream, moves, overlapped, side_stream
 from accel_data.source import Source
 from accel_state.errors import ConfigError
 from accel_state.protocols import BatchInfo, LoaderObserver
@@ -52,11 +52,10 @@ class ShardedLoader:
         self,
         source: Source,
         *,
-        user_loader: DataLoader[Any],
-        inner: DataLoader[Any],
+        user_loader: Any,
         seed: int,
         device: torch.device | None,
-        non_blocking: bool,
+        non_blocking: bool | None,
         data_world_size: int,
         name: str,
     ) -> None:
@@ -69,9 +68,11 @@ class ShardedLoader:
         """Where batches are moved to; ``None`` leaves them where they were collated."""
         self.name = name
         self._source = source
-        self._inner = inner
         self._non_blocking = non_blocking
+        self._side: SideStream | None = None
         self._data_world_size = data_world_size
+        self.persistent_workers: bool = getattr(user_loader, "persistent_workers", False)
+        """Whether worker processes live on between epochs."""
         self._progress = _Progress(Position(seed=seed))
         self._skip = 0
         self._origin: ShardedLoader | None = None
@@ -101,8 +102,17 @@ class ShardedLoader:
 
     @property
     def dataset(self) -> Any:
-        """The user's dataset."""
-        return self.user_loader.dataset
+        """The user's dataset; the loader itself where there is nothing behind it that we know."""
+        return getattr(self.user_loader, "dataset", self.user_loader)
+
+    @property
+    def even_batches(self) -> bool:
+        """Whether all ranks get as many batches. Set it on every rank; the next iteration keeps to it."""
+        return self._source.even
+
+    @even_batches.setter
+    def even_batches(self, even: bool) -> None:
+        self._source.even = even
 
     @property
     def batch_size(self) -> int | None:
@@ -149,27 +159,35 @@ class ShardedLoader:
         return num
 
     def __iter__(self) -> Iterator[Any]:
-        """This rank's batches of the rest of the epoch. Every rank must iterate where the order is a sampler's."""
+        """This rank's batches of the rest of the epoch.
+
+        Every rank must iterate where the order is a sampler's, where parts of a stream are read by different ranks, and
+        where rank 0 deals.
+
+        Raises:
+            SampleError: if the dataset fails to give a sample.
+            ConfigError: if a worker process died, or this iterator's workers serve a newer one.
+        """
         run = self._begin()
-        observer, progress, shared = self.observer, self._progress, self._inner.persistent_workers
+        observer, progress, shared = self.observer, self._progress, self.persistent_workers
         told = self if self._origin is None else self._origin
-        mover = self._mover()
+        steps = iter(self._moved(run.steps()))
         gave_up = True
         try:
             if observer is not None:
                 observer.loader_started(told)
-            batches = iter(run.batches())
             while True:
                 try:
-                    batch = next(batches)
+                    batch, note = next(steps)
                 except StopIteration:
                     break
-                except BaseException:
+                except BaseException as error:
                     self._stop(run, run.position(0))
+                    self._explain(error)
                     raise
-                run.advance()
-                if mover is not None:
-                    batch = mover(batch)
+                run.advance(note)
+                if batch is None:
+                    continue  # a step in which this rank has no part
                 if observer is not None:
                     info = run.info()
                     assert info is not None
@@ -180,11 +198,14 @@ class ShardedLoader:
             gave_up = False
         finally:
             self._stop(run, run.start.next_epoch(), finished=not gave_up)
+            _close(steps)
             if observer is not None:
                 observer.loader_ended(told)
 
     def state_dict(self, *, rewind: int = 0) -> dict[str, Any]:
-        """The place as JSON values, the same on all ranks.
+        """The place, the same on all ranks: JSON values, but for tensors that a dataset's own state may hold.
+
+        Every rank must call this while a stream is read in parts, since each rank knows the place in its own only.
 
         Args:
             rewind: batches to go back from the cursor, for a window of accumulation that is not finished. They
@@ -208,7 +229,7 @@ class ShardedLoader:
                 f"{rewind - left} batches since it was made, loaded or moved: there is no place further back. "
                 f"Give a number of batches that were handed out."
             )
-        return write_position(position, self._source.key())
+        return write_position(self._source.whole(position), self._source.key())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Stand where `state_dict` was taken; the next iteration goes on from there. Takes over its seed.
@@ -245,10 +266,9 @@ class ShardedLoader:
         progress = self._progress
         # The iterator that was in progress goes on by itself, but the place is that of the newest.
         position = progress.position if progress.run is None else progress.run.start.next_epoch()
-        if self._skip:
-            position, self._skip = self._source.skipped(position, self._skip), 0
+        skip, self._skip = self._skip, 0
         previous = progress.finished if progress.run is None else None
-        run = self._source.begin(position)
+        run = self._source.begin(position, skip=skip)
         progress.run, progress.finished = run, previous
         return run
 
@@ -263,14 +283,23 @@ class ShardedLoader:
         progress = self._progress
         progress.run, progress.finished, progress.position = None, None, position
 
-    def _mover(self) -> Any:
-        """What moves a batch to the device, or nothing where it is there already."""
-        if self.device is None or self.device.type == "cpu":
-            return None
-        from accel_state.tree import send_to_device
+    def _moved(self, steps: Iterable[Step]) -> Iterable[Step]:
+        """With the batches on the device, the next one on its way there; or as they are."""
+        device = self.device
+        if device is None or not moves(device):
+            return steps
+        if self._side is None and self._non_blocking is not False:
+            self._side = side_stream(device)  # one for all epochs: memory is kept for each stream
+        return overlapped(steps, device, non_blocking=self._non_blocking, side=self._side)
 
-        device, non_blocking = self.device, self._non_blocking
-        return lambda batch: send_to_device(batch, device, non_blocking=non_blocking)
+    def _explain(self, error: BaseException) -> None:
+        """Raise in place of what torch says of a worker that died."""
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise ConfigError(
+                f"A worker process of the {self.name} ended without an answer ({error}), so its batches are lost. "
+                f"Most often the system has killed it for want of memory, or of shared memory (/dev/shm): use fewer "
+                f"workers or smaller batches, or set `num_workers=0` to see what the dataset does."
+            ) from error
 
     def _overtaken(self) -> ConfigError:
         return ConfigError(
@@ -278,3 +307,10 @@ class ShardedLoader:
             f"`persistent_workers=True` its workers serve one iterator only: the first one has lost its batches. "
             f"Set `persistent_workers=False`, or use a second loader for the inner loop."
         )
+
+
+def _close(steps: Any) -> None:
+    """Close a generator now, so that what it reads from is let go of before anything else begins."""
+    close = getattr(steps, "close", None)
+    if close is not None:
+        close()

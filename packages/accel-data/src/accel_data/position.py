@@ -8,17 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from accel_state.errors import ConfigError
 
-__all__ = ["DataKey", "OrderKind", "Position", "read_position", "write_position"]
+__all__ = ["DataKey", "OrderKind", "PartPlace", "Position", "WorkerPlace", "read_position", "write_position"]
 
 OrderKind = Literal["sequential", "permutation", "sampler", "batch_sampler", "stream"]
 """What decides the order: the indices, our permutation, the user's sampler or batch sampler, or an iterable."""
 
 _VERSION = 1
 _LIMIT = 1 << 63
+
+
+class WorkerPlace(NamedTuple):
+    """Where one worker stands in its share of a part of a stream. Without workers the process itself is the one."""
+
+    samples: int = 0
+    """Samples that it has handed out in this epoch."""
+    at: int = 0
+    """Samples before `state`; those from there to `samples` are read again."""
+    ended: bool = False
+    """Whether it has said that there is no more."""
+    state: Any = None
+    """State of the dataset, if it has any: JSON values and tensors."""
+
+
+class PartPlace(NamedTuple):
+    """Where a part of a stream stands."""
+
+    turn: int
+    """The worker that gives the next batch."""
+    workers: tuple[WorkerPlace, ...]
+
+    @property
+    def samples(self) -> int:
+        """Samples of the part that have been handed out."""
+        return sum(worker.samples for worker in self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +62,11 @@ class Position:
     sampler of the user's: how many of its batches."""
     fingerprint: str | None = None
     """Checksum of the order in which the epoch in progress was drawn, where a sampler of the user's draws it."""
+    places: Mapping[int, int | PartPlace] | None = None
+    """Where the parts of the data stand, by number of the part: of a map-style dataset a cursor in samples. ``None`` at
+    the beginning of an epoch, and where `cursor` says it all. Of a stream in parts a rank knows its own only."""
+    num_parts: int = 1
+    """How many places there are, known or not."""
 
     def next_epoch(self) -> Position:
         """The start of the epoch after this one."""
@@ -48,15 +79,15 @@ class DataKey:
 
     kind: OrderKind
     length: int | None
-    """Samples of an epoch, batches for a batch sampler; ``None`` where that is not known before the end."""
-    num_workers: int = 0
-    """Worker processes among which a stream is divided; 0 for data of known order."""
-    global_size: int = 0
-    """Samples of a global batch, where the position depends on it: a stream with several workers."""
+    """Samples of an epoch; ``None`` where a sampler of the user's or the end of a stream tells it."""
+    num_parts: int = 1
+    """Into how many parts a map-style dataset is divided; a stream's number is that of its places."""
+    num_workers: int = 1
+    """Workers among which a stream is divided."""
 
 
 def write_position(position: Position, key: DataKey) -> dict[str, Any]:
-    """The record of a position: JSON values only."""
+    """The record of a position: JSON values only, but for tensors in states of datasets."""
     state: dict[str, Any] = {
         "version": _VERSION,
         "order": key.kind,
@@ -68,9 +99,8 @@ def write_position(position: Position, key: DataKey) -> dict[str, Any]:
     }
     if position.fingerprint is not None:
         state["fingerprint"] = position.fingerprint
-    if key.kind == "stream":
-        state["num_workers"] = key.num_workers
-        state["global_size"] = key.global_size
+    if position.places is not None:
+        state["places"] = [_written(position.places[part]) for part in range(len(position.places))]
     return state
 
 
@@ -95,12 +125,15 @@ def read_position(state: Mapping[str, Any], key: DataKey, *, name: str) -> Posit
     _check_key(state, key, name)
     length = key.length
     if length is not None and counts["cursor"] > length:
-        raise ConfigError(
-            f"The state for {name} stands at {counts['cursor']}, and an epoch ends at {length}: the record is damaged. "
-            f"Restore an earlier checkpoint."
-        )
+        raise _damaged(name, f"stands at {counts['cursor']}, and an epoch ends at {length}")
     fingerprint = state.get("fingerprint")
-    return Position(**counts, fingerprint=None if fingerprint is None else str(fingerprint))
+    places = _read_places(state.get("places"), key, name, begun=counts["batches"] > 0)
+    return Position(
+        **counts,
+        fingerprint=None if fingerprint is None else str(fingerprint),
+        places=places,
+        num_parts=len(places or (0,)),
+    )
 
 
 def _count(state: Mapping[str, Any], entry: str, name: str) -> int:
@@ -121,21 +154,64 @@ def _check_key(state: Mapping[str, Any], key: DataKey, name: str) -> None:
             f"Build the loader with the same kind of sampler, or start the epoch anew with `set_epoch`."
         )
     if state.get("length") != key.length:
-        unit = "batches" if key.kind == "batch_sampler" else "samples"
         raise ConfigError(
-            f"The state for {name} was written for an epoch of {state.get('length')} {unit}, and there are "
-            f"{key.length} now: the order of another length is another one, so which {unit} were seen cannot be told. "
+            f"The state for {name} was written for an epoch of {state.get('length')} samples, and there are "
+            f"{key.length} now: the order of another length is another one, so which samples were seen cannot be told. "
             f"Give the dataset of before, or start the epoch anew with `set_epoch`."
         )
-    if key.kind != "stream":
-        return
-    workers, size = state.get("num_workers"), state.get("global_size")
-    if (workers, size) != (key.num_workers, key.global_size) and max(int(workers or 0), key.num_workers) > 1:
+
+
+def _read_places(places: Any, key: DataKey, name: str, *, begun: bool) -> dict[int, int | PartPlace] | None:
+    if places is None:
+        if key.kind == "stream" and begun:
+            raise _damaged(name, "stands in an epoch of a stream and has no places in it")
+        return None
+    if not isinstance(places, list) or not places:
+        raise _damaged(name, "has no list of places")
+    if key.kind == "stream":
+        return {part: _read_part(each, key.num_workers, name) for part, each in enumerate(places)}
+    if len(places) != key.num_parts:
         raise ConfigError(
-            f"The state for {name} was written with {workers} workers and global batches of {size}, and there are "
-            f"{key.num_workers} workers and global batches of {key.global_size} now: several workers divide a stream "
-            f"among them, so its order is another one. Use the same numbers, or at most one worker on both sides."
+            f"The state for {name} was written with the dataset in {len(places)} parts, and it is divided into "
+            f"{key.num_parts} now: the order of the rest would be another one. "
+            f"Start as many nodes (or ranks, with a rule of your own) as before, or start the epoch anew with "
+            f"`set_epoch`."
         )
+    if any(not isinstance(each, int) or each < 0 for each in places):
+        raise _damaged(name, f"has the places {places!r}")
+    return dict(enumerate(places))
+
+
+def _read_part(given: Any, num_workers: int, name: str) -> PartPlace:
+    try:
+        workers = tuple(
+            WorkerPlace(int(each["samples"]), int(each["at"]), bool(each["ended"]), each.get("state"))
+            for each in given["workers"]
+        )
+        place = PartPlace(int(given["turn"]), workers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(name, "has places that cannot be read") from error
+    if any(not 0 <= worker.at <= worker.samples for worker in workers) or not 0 <= place.turn < max(1, len(workers)):
+        raise _damaged(name, "has places that contradict one another")
+    if len(workers) != num_workers:
+        raise ConfigError(
+            f"The state for {name} was written with {len(workers)} worker(s) reading the stream, and there are "
+            f"{num_workers} now: workers divide a stream among them, so its order is another one. "
+            f"Set `num_workers` as before (0 and 1 are alike)."
+        )
+    return place
+
+
+def _written(place: int | PartPlace) -> Any:
+    if isinstance(place, int):
+        return place
+    return {"turn": place.turn, "workers": [worker._asdict() for worker in place.workers]}
+
+
+def _damaged(name: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"The state for {name} {what}: the record is damaged, so the place is not known. Restore an earlier checkpoint."
+    )
 
 
 def _words(kind: object) -> str:

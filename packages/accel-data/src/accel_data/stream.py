@@ -1,127 +1,206 @@
-"""Sharding of iterable datasets: every data rank reads the stream and keeps its part of each global batch.
+"""Reading one part of an iterable dataset in batches, from any place of it.
 
-Batches are made here, not by the DataLoader, so that each comes with the number of real samples that the whole
-world has in that step.
+Batches are made here, not by the DataLoader, so that each comes with its number of samples and with the place after
+it. Where the dataset, or the iterator that it gives, has ``state_dict`` and ``load_state_dict``, its state is part of
+that place, and an epoch goes on from there; else it is read again up to the place, without collation.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from accel_data.partition import share_of
-from accel_data.position import Position
-from accel_data.randomness import AsideGenerators, reading_seed
+from accel_data.hugging_face import forget_place
+from accel_data.position import PartPlace, WorkerPlace
+from accel_data.randomness import AsideGenerators, read_seeded, reading_seed
+from accel_data.reading import SampleError
 
-__all__ = ["Parcel", "ShardedStream", "StreamWorkerInit", "hand_over"]
-
-Parcel = tuple[int, Any]
-"""Real samples of the global batch, and this rank's batch; ``None`` where it gets none or the batch is skipped."""
+__all__ = ["Parcel", "PartStream", "hand_over"]
 
 _SKIP_CHUNK = 1024  # samples read at a time while skipping
 
 
-class ShardedStream(IterableDataset[Parcel]):
-    """Cuts the stream of a dataset into global batches and collates this rank's part of each.
+class Parcel(NamedTuple):
+    """What a worker hands to the process that trains."""
 
-    With several workers each reads its own part of the stream, as the dataset divides it, and cuts that into
-    global batches; the last one of each worker may be partial.
+    size: int
+    """Samples of the batch over all ranks that read this part; 0 at the end, -1 for a turn that is passed on."""
+    batch: Any
+    """This rank's rows of a full batch, collated."""
+    samples: list[Any] | None
+    """All samples of a batch that is not full or that others divide; at the end, first ones to repeat."""
+    worker: int
+    place: WorkerPlace
+    """Where that worker stands after it."""
+
+
+class PartStream(IterableDataset[Parcel]):
+    """Cuts one part of a stream into batches and collates this rank's rows of each.
+
+    With several workers each reads its own share of the part, as the dataset divides it, and cuts that into batches;
+    the last one of each worker may be partial.
 
     Args:
-        dataset: any iterable dataset. The same stream must come on all ranks; it is read under generators
-            seeded alike, and told the epoch by ``set_epoch`` where it has that.
-        collate: makes a batch of a list of samples.
-        batch_size: rows of this rank in a full global batch.
-        world: number of data ranks.
-        rank: this data rank.
-        drop_last: whether a partial global batch is left out.
-        even: whether all ranks get as many rows of a partial global batch, by padding it.
+        dataset: any iterable. The same samples must come on all ranks that read this part; it is read under
+            generators seeded alike, and told the epoch by ``set_epoch`` where it has that.
+        collate: makes of a full batch's samples what this rank gets of it; ``None`` leaves them as they are.
+        size: samples of a full batch, over all ranks that read this part.
+        part: its number.
+        drop_last: whether a partial batch is left out.
+        num_first: how many of the first samples the end comes with.
+        stateful: whether the dataset's own state is used.
+        rank: this data rank, for errors.
+        name: how the loader is called in errors.
     """
 
     def __init__(
         self,
-        dataset: IterableDataset[Any],
+        dataset: Any,
         *,
-        collate: Callable[[list[Any]], Any],
-        batch_size: int,
-        world: int,
-        rank: int,
-        drop_last: bool,
-        even: bool,
+        collate: Callable[[list[Any]], Any] | None,
+        size: int,
+        part: int = 0,
+        drop_last: bool = False,
+        num_first: int = 0,
+        stateful: bool = True,
+        rank: int = 0,
+        name: str = "data loader",
     ) -> None:
         self.dataset = dataset
-        self.world = world
-        self.rank = rank
-        self.even = even
-        self.drop_last = drop_last
-        self.global_size = batch_size * world
+        self.size = size
+        self.part = part
         self._collate = collate
-        self._start = torch.zeros(4, dtype=torch.int64)
+        self._drop_last = drop_last
+        self._num_first = num_first
+        self._stateful = stateful
+        self._rank = rank
+        self._name = name
+        self._place: PartPlace | None = None
+        self._ahead = 0
+        self._start = torch.zeros(3, dtype=torch.int64)
 
     def share_memory(self) -> None:
-        """Let workers that live on see where the next epoch starts. Called before any is started."""
+        """Let workers that live on see which epoch is next. Called before any is started."""
         self._start.share_memory_()  # type: ignore[no-untyped-call]
 
-    def start_at(self, position: Position) -> None:
-        """Where the next iteration starts, in this process and in workers that hold a copy of this."""
-        self._start.copy_(torch.tensor([position.seed, position.epoch, position.cursor, position.batches]))
-        self._tell_epoch(position.epoch)
+    def start_at(self, seed: int, epoch: int, place: PartPlace | None, *, ahead: int = 0) -> None:
+        """Where the next iteration starts. Workers that run already see the seed and the epoch only.
+
+        Args:
+            seed: of the order.
+            epoch: which one.
+            place: where to go on; ``None`` at the beginning of an epoch.
+            ahead: batches of all workers together, from there on, that will not be used and need no collation.
+        """
+        self._place, self._ahead = place, ahead
+        self._start.copy_(torch.tensor([seed, epoch, place is not None or ahead > 0]))
+        _tell_epoch(self.dataset, epoch)
 
     def __iter__(self) -> Iterator[Parcel]:
-        seed, epoch, cursor, batches = self._start.tolist()
+        seed, epoch, moved = self._start.tolist()
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        if info is not None:
-            self._tell_epoch(epoch)
-        generators = AsideGenerators(reading_seed(seed, epoch, worker))
+        place, turn, ahead = WorkerPlace(), 0, 0
+        if moved:
+            if self._place is not None:
+                place, turn = self._place.workers[worker], self._place.turn
+            # If a worker before this one ends among them, this one makes fewer than will be left out, never more.
+            ahead = max(0, -(-(self._ahead - (worker - turn) % num_workers) // num_workers))
+        if place.ended:
+            return
+        if worker < turn:
+            yield Parcel(-1, None, None, worker, place)
+        _tell_epoch(self.dataset, epoch)
+        reader = _Reader(self, reading_seed(seed, epoch, self.part, worker), worker, place)
+        for _ in range(ahead):
+            size = len(reader.read(self.size))
+            if size == self.size or (size and not self._drop_last):
+                yield Parcel(size, None, None, worker, reader.place)
+        yield from self._parcels(reader, worker, from_start=place.samples == 0 and not ahead)
+
+    def _parcels(self, reader: _Reader, worker: int, *, from_start: bool) -> Iterator[Parcel]:
+        first: list[Any] = []
+        while samples := reader.read(self.size):
+            if from_start and len(first) < self._num_first:
+                first += samples[: self._num_first - len(first)]
+            if len(samples) < self.size:
+                if not self._drop_last:
+                    yield Parcel(len(samples), None, samples, worker, reader.place)
+            elif self._collate is None:
+                yield Parcel(self.size, None, samples, worker, reader.place)
+            else:
+                yield Parcel(self.size, self._collate(samples), None, worker, reader.place)
+        if self._num_first and worker == 0 and not from_start:
+            first = reader.beginning(self._num_first)
+        yield Parcel(0, None, first or None, worker, reader.place._replace(ended=True))
+
+
+class _Reader:
+    """One worker's samples of one epoch, in order, and where they are."""
+
+    def __init__(self, stream: PartStream, seed: int, worker: int, place: WorkerPlace) -> None:
+        self.place = place
+        self._stream = stream
+        self._seed = seed
+        self._worker = worker
+        self._generators = AsideGenerators(seed)
+        stateful = stream._stateful
+        with self._generators:
+            forget_place(stream.dataset)
+            samples, self._owner = _opened(stream.dataset, place.state, stateful=stateful)
+        if self._owner is not None:
+            # Its state says which samples come, not what they draw: that has to depend on their numbers alone.
+            samples = read_seeded(samples, self._generators, seed=seed, first=place.at)
+        self._number = place.at
+        self._counted = self._count(samples)
+        self._skip(place.samples - place.at)
+
+    def read(self, count: int) -> list[Any]:
+        """The next samples, fewer than `count` at the end."""
+        samples = self._take(count)
+        if samples:
+            self.place = self.place._replace(samples=self._number)
+            if self._owner is not None:
+                # A copy: the dataset may go on changing what it gave.
+                self.place = self.place._replace(state=copy.deepcopy(self._owner.state_dict()), at=self._number)
+        return samples
+
+    def beginning(self, count: int) -> list[Any]:
+        """The first samples of the epoch, read anew."""
+        generators = AsideGenerators(self._seed)
         with generators:
-            samples = iter(self.dataset)
+            forget_place(self._stream.dataset)
+            return list(islice(iter(self._stream.dataset), count))
 
-        def read(count: int) -> list[Any]:
-            with generators:
-                return list(islice(samples, count))
+    def _skip(self, count: int) -> None:
+        while count > 0 and self._take(min(count, _SKIP_CHUNK)):
+            count -= _SKIP_CHUNK
 
-        if num_workers == 1:
-            _discard(read, cursor)
-        else:
-            # Of the first `batches` of all workers in turn, this one made at least so many (more, if another
-            # had ended by then: those are dropped by the reader). They are counted, not collated.
-            for _ in range(-(-max(0, batches - worker) // num_workers)):
-                yield len(read(self.global_size)), None
-        yield from self._cut(read)
+    def _take(self, count: int) -> list[Any]:
+        try:
+            with self._generators:
+                return list(islice(self._counted, count))
+        except Exception as error:
+            raise self._failed(self._number, error) from error
 
-    def _cut(self, read: Callable[[int], list[Any]]) -> Iterator[Parcel]:
-        while samples := read(self.global_size):
-            size = len(samples)
-            if size < self.global_size and self.drop_last:
-                return
-            rows = share_of(size, self.rank, self.world, even=self.even).positions
-            yield size, self._collate([samples[row] for row in rows]) if rows else None
+    def _count(self, samples: Iterator[Any]) -> Iterator[Any]:
+        for sample in samples:
+            self._number += 1
+            yield sample
 
-    def _tell_epoch(self, epoch: int) -> None:
-        set_epoch = getattr(self.dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-
-
-class StreamWorkerInit:
-    """Shows the user's dataset, not ours around it, to ``get_worker_info()`` in a worker; then calls theirs."""
-
-    def __init__(self, user_init: Callable[[int], None] | None) -> None:
-        self._user_init = user_init
-
-    def __call__(self, worker_id: int) -> None:
-        info = get_worker_info()
-        assert info is not None
-        # The record is frozen. It belongs to this worker alone, and the loader itself keeps another reference.
-        stream: Any = info.dataset
-        object.__setattr__(info, "dataset", stream.dataset)
-        if self._user_init is not None:
-            self._user_init(worker_id)
+    def _failed(self, number: int, error: Exception) -> SampleError:
+        stream = self._stream
+        worker = "" if get_worker_info() is None else f", worker {self._worker}"
+        return SampleError(
+            f"Sample {number} of part {stream.part}{worker} of the {stream._name} was read on data rank "
+            f"{stream._rank}, and the dataset raised {type(error).__name__}: {error}. "
+            f"Mend the dataset, or let it leave out what it cannot read; the training can then be resumed."
+        )
 
 
 def hand_over(parcel: Parcel) -> Parcel:
@@ -129,8 +208,28 @@ def hand_over(parcel: Parcel) -> Parcel:
     return parcel
 
 
-def _discard(read: Callable[[int], list[Any]], count: int) -> None:
-    while count > 0:
-        if not read(min(count, _SKIP_CHUNK)):
-            return
-        count -= _SKIP_CHUNK
+def _opened(dataset: Any, state: Any, *, stateful: bool) -> tuple[Iterator[Any], Any]:
+    """An iterator from a state on, and whose state that is: its own, the dataset's, or nobody's."""
+    samples = iter(dataset)
+    if not stateful:
+        return samples, None
+    if _has_state(samples):
+        if state is not None:
+            samples.load_state_dict(state)
+        return samples, samples
+    if not _has_state(dataset):
+        return samples, None
+    if state is not None:
+        dataset.load_state_dict(state)
+        samples = iter(dataset)
+    return samples, dataset
+
+
+def _has_state(each: Any) -> Any:
+    return callable(getattr(each, "state_dict", None)) and callable(getattr(each, "load_state_dict", None))
+
+
+def _tell_epoch(dataset: Any, epoch: int) -> None:
+    set_epoch = getattr(dataset, "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)

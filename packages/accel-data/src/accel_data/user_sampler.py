@@ -8,28 +8,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from accel_data.agreement import agree, has_peers
 from accel_data.position import OrderKind
 from accel_data.randomness import seeded
-from accel_state.collectives import broadcast_object_list
 from accel_state.errors import ConfigError
-from accel_state.process import Process
 from accel_state.topology import Topology
 
-__all__ = ["agree", "check_fingerprint", "draw_items", "own_batch_sampler", "recognise", "refuse_sharded"]
+__all__ = ["aware_of_ranks", "check_fingerprint", "draw_items", "num_parts_of", "own_batch_sampler", "recognise"]
 
 
-def recognise(loader: DataLoader[Any]) -> OrderKind:
-    """What decides the order of a map-style `loader`."""
+def recognise(loader: DataLoader[Any], *, seedable: bool = True) -> OrderKind:
+    """What decides the order of a map-style `loader`.
+
+    Args:
+        loader: the user's.
+        seedable: whether a plain random sampler is replaced by a keyed permutation.
+    """
     if own_batch_sampler(loader):
         return "batch_sampler"
     sampler = _sampler_of(loader)
     if type(sampler) is SequentialSampler:
         return "sequential"
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
+    whole = type(sampler) is RandomSampler and not sampler.replacement
+    if seedable and whole and sampler.num_samples == len(sampler.data_source):
         return "permutation"
     return "sampler"
 
@@ -44,49 +48,62 @@ def _sampler_of(loader: DataLoader[Any]) -> Any:
     return batch_sampler.sampler if isinstance(batch_sampler, BatchSampler) else loader.sampler
 
 
-def refuse_sharded(loader: DataLoader[Any], topology: Topology, *, name: str) -> None:
-    """Refuse a loader whose sampler knows of ranks: sharding it again would lose samples.
-
-    Raises:
-        ConfigError: naming the sampler and both ways out.
-    """
+def aware_of_ranks(loader: DataLoader[Any]) -> Any:
+    """The sampler of a map-style `loader` that gives out one of several parts already; ``None`` if there is none."""
     batch_sampler = loader.batch_sampler
     for sampler in (loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-        aware = isinstance(sampler, DistributedSampler) or (
-            hasattr(sampler, "num_replicas") and hasattr(sampler, "rank")
-        )
-        if not aware:
-            continue
-        parts = getattr(sampler, "num_replicas", 1)
-        if topology.data_world_size == 1 and parts == 1:
-            continue
-        raise ConfigError(
-            f"The {name} has a `{type(sampler).__name__}`, which gives out one of {parts} parts already: sharding it "
-            f"again over {topology.data_world_size} data ranks would leave out samples. "
-            f"Either build the loader without it (`shuffle=True` for a random order) and let it be sharded here, "
-            f"or leave the loader unprepared and keep its own sharding."
-        )
+        counts = [getattr(sampler, name, None) for name in ("num_replicas", "world_size")]
+        if isinstance(sampler, DistributedSampler) or (hasattr(sampler, "rank") and counts != [None, None]):
+            return sampler
+    return None
 
 
-def draw_items(sampler: Any, *, seed: int, epoch: int, topology: Topology) -> tuple[Sequence[Any], str]:
+def num_parts_of(sampler: Any) -> int:
+    """How many parts a sampler that knows of ranks divides its dataset into."""
+    return int(getattr(sampler, "num_replicas", None) or getattr(sampler, "world_size", None) or 1)
+
+
+def draw_items(
+    sampler: Any, *, seed: int, epoch: int, topology: Topology, name: str, alone: bool = False
+) -> tuple[Sequence[Any], str]:
     """What a sampler or batch sampler of the user's gives in an epoch, and its checksum.
 
     All ranks must call this where the world has several: rank 0 draws, and the others take its list.
 
     The sampler is told the epoch by ``set_epoch`` where it has that, and it draws under generators seeded by
     (seed, epoch), its own ``generator`` included.
+
+    Args:
+        sampler: the user's.
+        seed: of the order.
+        epoch: which one.
+        topology: this rank's place.
+        name: how the loader is called in errors.
+        alone: whether this rank draws for itself, as for a sampler that knows its rank.
+
+    Raises:
+        ConfigError: on all ranks, where the sampler fails.
     """
     told = [each for each in (sampler, getattr(sampler, "sampler", None)) if each is not None]
     for each in told:
         if hasattr(each, "set_epoch"):
             each.set_epoch(epoch)
-    items: Sequence[Any] | None = None
-    if topology.is_main or not _has_peers(topology):
+    drawn: tuple[Sequence[Any] | None, str] = (None, "")
+    failure: Exception | None = None
+    if alone or topology.is_main or not has_peers(topology):
         found = (getattr(each, "generator", None) for each in told)
-        with seeded(seed, epoch, generators=tuple(each for each in found if isinstance(each, torch.Generator))):
-            items = list(sampler)
-    items = agree(items, topology)
-    assert items is not None
+        try:
+            with seeded(seed, epoch, generators=tuple(each for each in found if isinstance(each, torch.Generator))):
+                drawn = list(sampler), ""
+        except Exception as error:
+            failure, drawn = error, (None, f"{type(error).__name__}: {error}")
+    items, problem = drawn if alone else agree(drawn, topology)
+    if items is None:
+        raise ConfigError(
+            f"The sampler of the {name}, a `{type(sampler).__name__}`, was asked for the order of epoch {epoch} on "
+            f"{'this rank' if alone else 'rank 0'} and raised {problem}. Without an order no rank can go on: mend the "
+            f"sampler."
+        ) from failure
     return items, _fingerprint(items)
 
 
@@ -102,26 +119,6 @@ def check_fingerprint(drawn: str, recorded: str | None, *, epoch: int, name: str
             f"gave another one than before, so which samples were seen cannot be told. Let it draw from python's, "
             f"numpy's or torch's default generator or from its `generator`, or make it a function of `set_epoch`."
         )
-
-
-def agree(value: Any, topology: Topology) -> Any:
-    """`value` of rank 0, on all ranks. All must call this where the world has several processes.
-
-    In a world that is only simulated, without a process group of its size, every rank keeps its own.
-    """
-    if not _has_peers(topology):
-        return value
-    holder = [value]
-    if Process.is_open():
-        return broadcast_object_list(holder)[0]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
-def _has_peers(topology: Topology) -> bool:
-    if topology.world_size == 1 or not dist.is_available() or not dist.is_initialized():
-        return False
-    return dist.get_world_size() == topology.world_size
 
 
 def _fingerprint(items: Sequence[Any]) -> str:

@@ -1,0 +1,78 @@
+"""What is known of the datasets of Hugging Face ``datasets``. Nothing is imported: whoever has one has loaded it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["forget_place", "is_streaming", "loses_buffer", "shuffle_state", "split", "split_among"]
+
+
+def is_streaming(dataset: object) -> bool:
+    """Whether it is an ``IterableDataset`` of ``datasets``."""
+    module = sys.modules.get("datasets")
+    kind = getattr(module, "IterableDataset", None)
+    return isinstance(kind, type) and isinstance(dataset, kind)
+
+
+def split_among(dataset: object) -> int:
+    """Among how many nodes ``split_dataset_by_node`` has divided it; 1 where it has not."""
+    if not is_streaming(dataset):
+        return 1
+    return int(getattr(getattr(dataset, "_distributed", None), "world_size", 1))
+
+
+def split(dataset: Any, num_parts: int, part: int) -> Any:
+    """One part of a streaming dataset: other files every epoch where it is shuffled."""
+    from_module = sys.modules["datasets"]
+    divide: Any = getattr(from_module, "distributed", None)
+    if divide is None:
+        from importlib import import_module
+
+        divide = import_module("datasets.distributed")
+    return divide.split_dataset_by_node(dataset, rank=part, world_size=num_parts)
+
+
+def loses_buffer(dataset: object) -> bool:
+    """Whether its ``state_dict`` leaves samples out: those that a shuffle buffer holds are not in it."""
+    if not is_streaming(dataset):
+        return False
+    shuffling = getattr(dataset, "_shuffling", None)
+    return _buffers(dataset) or bool(getattr(shuffling, "buffer_size", 0))
+
+
+def forget_place(dataset: Any) -> None:
+    """Let a streaming dataset start its epoch from the beginning, whatever state was loaded into it before."""
+    if is_streaming(dataset) and getattr(dataset, "_starting_state_dict", None) is not None:
+        dataset._starting_state_dict = None
+
+
+def shuffle_state(dataset: object) -> str | None:
+    """What its order is drawn from, to be compared between ranks; ``None`` where it is not shuffled."""
+    if not is_streaming(dataset):
+        return None
+    found = []
+    for each in (dataset, *_chain(getattr(dataset, "_ex_iterable", None))):
+        generator = getattr(getattr(each, "_shuffling", each), "generator", None)
+        state = getattr(getattr(generator, "bit_generator", None), "state", None)
+        if state is not None:
+            found.append(f"{type(each).__name__}: {state}")
+    return "; ".join(found) or None
+
+
+def _buffers(dataset: object) -> bool:
+    return any(
+        type(each).__name__ == "BufferShuffledExamplesIterable"
+        for each in _chain(getattr(dataset, "_ex_iterable", None))
+    )
+
+
+def _chain(iterable: Any) -> Iterator[Any]:
+    """An examples iterable and all that it reads from."""
+    if iterable is None:
+        return
+    yield iterable
+    yield from _chain(getattr(iterable, "ex_iterable", None))
+    for each in getattr(iterable, "ex_iterables", None) or ():
+        yield from _chain(each)
