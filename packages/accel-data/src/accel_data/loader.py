@@ -294,7 +294,7 @@ class ShardedLoader:
 
     def _explain(self, error: BaseException) -> None:
         """Raise in place of what torch says of a worker that died."""
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        if type(error) is RuntimeError and str(error).startswith("DataLoader worker"):
             raise ConfigError(
                 f"A worker process of the {self.name} ended without an answer ({error}), so its batches are lost. "
                 f"Most often the system has killed it for want of memory, or of shared memory (/dev/shm): use fewer "

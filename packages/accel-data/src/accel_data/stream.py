@@ -111,22 +111,28 @@ class PartStream(IterableDataset[Parcel]):
                 place, turn = self._place.workers[worker], self._place.turn
             # If a worker before this one ends among them, this one makes fewer than will be left out, never more.
             ahead = max(0, -(-(self._ahead - (worker - turn) % num_workers) // num_workers))
+        _tell_epoch(self.dataset, epoch)
         if place.ended:
+            if self._num_first and worker == 0:
+                yield Parcel(0, None, self._beginning(seed, epoch), worker, place)
             return
         if worker < turn:
             yield Parcel(-1, None, None, worker, place)
-        _tell_epoch(self.dataset, epoch)
         reader = _Reader(self, reading_seed(seed, epoch, self.part, worker), worker, place)
         for _ in range(ahead):
             size = len(reader.read(self.size))
             if size == self.size or (size and not self._drop_last):
                 yield Parcel(size, None, None, worker, reader.place)
-        yield from self._parcels(reader, worker, from_start=place.samples == 0 and not ahead)
+        first = [] if place.samples == 0 and not ahead else None
+        yield from self._parcels(reader, worker, first)
+        if self._num_first and worker == 0 and first is None:
+            first = self._beginning(seed, epoch)
+        yield Parcel(0, None, first or None, worker, reader.place._replace(ended=True))
 
-    def _parcels(self, reader: _Reader, worker: int, *, from_start: bool) -> Iterator[Parcel]:
-        first: list[Any] = []
+    def _parcels(self, reader: _Reader, worker: int, first: list[Any] | None) -> Iterator[Parcel]:
+        """The rest, noting in `first` the samples that the end comes with."""
         while samples := reader.read(self.size):
-            if from_start and len(first) < self._num_first:
+            if first is not None and len(first) < self._num_first:
                 first += samples[: self._num_first - len(first)]
             if len(samples) < self.size:
                 if not self._drop_last:
@@ -135,9 +141,10 @@ class PartStream(IterableDataset[Parcel]):
                 yield Parcel(self.size, None, samples, worker, reader.place)
             else:
                 yield Parcel(self.size, self._collate(samples), None, worker, reader.place)
-        if self._num_first and worker == 0 and not from_start:
-            first = reader.beginning(self._num_first)
-        yield Parcel(0, None, first or None, worker, reader.place._replace(ended=True))
+
+    def _beginning(self, seed: int, epoch: int) -> list[Any]:
+        """The first samples of the epoch, read anew."""
+        return _Reader(self, reading_seed(seed, epoch, self.part, 0), 0, WorkerPlace()).read(self._num_first)
 
 
 class _Reader:
@@ -146,7 +153,6 @@ class _Reader:
     def __init__(self, stream: PartStream, seed: int, worker: int, place: WorkerPlace) -> None:
         self.place = place
         self._stream = stream
-        self._seed = seed
         self._worker = worker
         self._generators = AsideGenerators(seed)
         stateful = stream._stateful
@@ -169,13 +175,6 @@ class _Reader:
                 # A copy: the dataset may go on changing what it gave.
                 self.place = self.place._replace(state=copy.deepcopy(self._owner.state_dict()), at=self._number)
         return samples
-
-    def beginning(self, count: int) -> list[Any]:
-        """The first samples of the epoch, read anew."""
-        generators = AsideGenerators(self._seed)
-        with generators:
-            forget_place(self._stream.dataset)
-            return list(islice(iter(self._stream.dataset), count))
 
     def _skip(self, count: int) -> None:
         while count > 0 and self._take(min(count, _SKIP_CHUNK)):
