@@ -61,7 +61,9 @@ def there(tree: Any) -> Any:
 
 def raw(tensor: torch.Tensor) -> list[int]:
     """Its values bit by bit, in order of index."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).tolist()
+    plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    bits: list[int] = plain.view(-1).view(torch.uint8).tolist()
+    return bits
 
 
 def assert_same(found: Any, given: Any) -> None:
