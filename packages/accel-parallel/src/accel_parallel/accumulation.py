@@ -18,9 +18,9 @@ micro-batches, or items in each (invariant 2):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -75,6 +75,16 @@ class Window:
     def unfinished(self) -> int:
         """Micro-batches whose gradients wait for a step; a resumed run has to see them again."""
         return self.micro_steps if self.pending else 0
+
+    def place(self) -> dict[str, Any]:
+        """How far this window is, for `move_to` on another rank. The gradients are not part of it."""
+        return {name: getattr(self, name) for name in _PLACE}
+
+    def move_to(self, place: Mapping[str, Any]) -> None:
+        """Stand where another rank's window stands. Items are not counted over ranks then: there must be none."""
+        assert not self.counts_items
+        for name in _PLACE:
+            setattr(self, name, place[name])
 
     def begin(self, *, num_steps: int, remaining: int | None) -> None:
         """A micro-batch begins, after which the epoch has `remaining` more (``None``: not known, or no epoch)."""
@@ -137,6 +147,9 @@ class Window:
     def counts_items(self) -> bool:
         """Whether gradients of this window still have to be divided by its items."""
         return self._items is not None
+
+
+_PLACE = ("micro_steps", "sync", "pending", "fresh", "holds", "divisor", "_kind")
 
 
 class Accumulation:

@@ -5,7 +5,8 @@ Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Train
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from accel_parallel.join import joined
 from accel_parallel.plugins import DDPCommunicationHookType, DistributedDataParallelKwargs
 from accel_parallel.single import SingleStrategy
 from accel_parallel.strategy import Bundle
@@ -50,12 +52,19 @@ class DDPStrategy(SingleStrategy):
                 "Launch at least two processes, or leave the strategy to be chosen."
             )
         self.options = options or DistributedDataParallelKwargs()
+        self._joining = False
 
     @property
     def average_size(self) -> int:
         return self.process.topology.world_size
 
     def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        if self._joining:
+            raise ConfigError(
+                "A sum over all ranks, as `num_items` needs, was asked for inside the block for uneven inputs, and a "
+                "rank that is through takes part in nothing but the exchange of gradients. Train with even batches, "
+                "where `num_items` of the real rows is exact, or leave `num_items` out."
+            )
         total = value.clone()
         dist.all_reduce(total)
         return total
@@ -70,7 +79,62 @@ class DDPStrategy(SingleStrategy):
         return Bundle(tuple(self._wrap(model) for model in bundle.models), bundle.optimizers)
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        if self._joining:
+            raise ConfigError(
+                "`no_sync` was called inside the block for uneven inputs, and a rank that is through would take its "
+                "gradients along. Use `accumulate`, which exchanges every micro-batch there."
+            )
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    @contextmanager
+    def join(self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None) -> Iterator[None]:
+        """As of every strategy, by DDP's own stand-ins.
+
+        Raises:
+            ConfigError: for a model that DDP does not wrap or whose forward waits for all ranks, for a communication
+                hook, which divides by all ranks, and for ``static_graph``.
+        """
+        wrapped = self._joinable(models)
+        self._joining = True
+        try:
+            with joined(wrapped, settle):
+                yield
+        finally:
+            self._joining = False
+
+    def _joinable(self, models: Sequence[nn.Module]) -> list[DistributedDataParallel]:
+        found = [super(DDPStrategy, self).unwrap(model) for model in models]
+        wrapped = [model for model in found if isinstance(model, DistributedDataParallel)]
+        if not wrapped or len(wrapped) < len(found):
+            names = ", ".join(type(model).__name__ for model in found if not isinstance(model, DistributedDataParallel))
+            raise ConfigError(
+                f"The block for uneven inputs was given {names or 'no model'}, and ranks that are through can only "
+                f"stand in for a model that exchanges gradients. Pass what `prepare` returned for models that are "
+                f"trained."
+            )
+        if any(isinstance(part, nn.SyncBatchNorm) for model in wrapped for part in model.modules()):
+            raise ConfigError(
+                "The block for uneven inputs was given a model with `SyncBatchNorm`, whose forward waits for all "
+                "ranks, also for those that are through. Use `BatchNorm` there, or train with even batches."
+            )
+        if self.options.static_graph:
+            raise ConfigError(
+                "`static_graph=True` was set, and DDP then exchanges gradients of its first steps in a way that a rank "
+                "without inputs cannot stand in for. Leave `static_graph` out, or train with even batches."
+            )
+        kinds = DDPCommunicationHookType
+        if self.options.comm_hook is not kinds.NO or self.options.comm_wrapper is not kinds.NO:
+            raise ConfigError(
+                f"`comm_hook={self.options.comm_hook.value!r}` with `comm_wrapper={self.options.comm_wrapper.value!r}` "
+                f"divides gradients by all ranks, also by those that ran out of inputs, so the last steps would be too "
+                f"small. Leave the hook out, or train with even batches."
+            )
+        if self._joining:
+            raise ConfigError(
+                "The block for uneven inputs was entered inside another one, and a rank leaves only once. "
+                "Enter one block, with all models."
+            )
+        return wrapped
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         inner = super().unwrap(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,6 +56,11 @@ class SingleStrategy:
         loss.backward(**kwargs)  # type: ignore[no-untyped-call, unused-ignore]
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def join(
+        self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
     def clip_grad_norm_(

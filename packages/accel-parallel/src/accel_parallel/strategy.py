@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -68,7 +68,7 @@ class Strategy(Protocol):
         """Over how many ranks `backward` averages gradients; 1 where it does not."""
 
     def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of `value` over the ranks that see different data, on each of them."""
+        """The sum of `value` over the ranks that see different data, on each of them. Refused inside `join`."""
 
     def prepare(self, bundle: Bundle) -> Bundle:
         """Move, wrap or shard the models, and let the optimizers follow. Same lengths, same order."""
@@ -78,6 +78,20 @@ class Strategy(Protocol):
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """While open, forward and backward through `model` keep gradients local."""
+
+    def join(
+        self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """While open, ranks may do different numbers of forward and backward passes through `models`.
+
+        Gradients are averaged over the ranks that are still inside. At the end, where all ranks meet, every rank has
+        the parameters and buffers of one that left last; then `settle` is called on each rank with the number of
+        that one, for whatever else has to be alike. It is not called where there is nobody to differ from.
+        `no_sync` is refused inside, since a rank that leaves would take its gradients along.
+
+        Raises:
+            ConfigError: for models or options for which nobody can stand in.
+        """
 
     def clip_grad_norm_(
         self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from accel_parallel.naming import parameter_names
 from accel_parallel.strategy import Bundle, OptimizerState, Strategy
 from accel_parallel.testing.scenarios import batch, build, loss_of
-from accel_state.errors import CheckpointError
+from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import Process
 
 __all__ = ["demand", "state_failures"]
@@ -70,6 +71,7 @@ def state_failures(make: Callable[[], Strategy], dtype: torch.dtype) -> list[str
         *_round_trip_failures(trained, make, dtype),
         *_refusal_failures(trained, make, dtype),
         *_no_sync_failures(make, dtype),
+        *_join_failures(make, dtype),
     ]
 
 
@@ -166,6 +168,35 @@ def _no_sync_failures(make: Callable[[], Strategy], dtype: torch.dtype) -> Itera
     both = _plain_gradients(dtype, [(index, rank) for index in (0, 1) for rank in (ranks if len(ranks) > 1 else [own])])
     if not _near(trained, {name: value / len(ranks) for name, value in both.items()}):
         yield "gradients exchanged after `no_sync` are not the average over ranks of the sums over micro-batches"
+
+
+def _join_failures(make: Callable[[], Strategy], dtype: torch.dtype) -> Iterator[str]:
+    """Ranks leave one after the other; a strategy that cannot do with fewer refuses at the entry."""
+    trained = _Trained(make, dtype)
+    own = Process.current().topology.rank
+    averaged = trained.strategy.average_size
+    counts = {rank: 1 + 2 * rank for rank in (range(averaged) if averaged > 1 else [own])}
+    settled: list[int] = []
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(trained.strategy.join([trained.model], settle=settled.append))
+        except ConfigError:
+            return
+        for index in range(counts[own]):
+            trained.step(index)
+    (model,), (optimizer,) = build(1, dtype)
+    for index in range(max(counts.values())):
+        optimizer.zero_grad()
+        there = [batch(0, index, rank) for rank, count in counts.items() if count > index]
+        losses = [loss_of(model(tokens), targets, None) for tokens, targets, _ in there]
+        torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call, unused-ignore]
+        optimizer.step()
+    found, wanted = trained.strategy.full_state(trained.model), model.state_dict()
+    tolerance = 1e-10 if dtype is torch.float64 else 2e-4
+    if not all(torch.allclose(found[name], wanted[name], rtol=0, atol=tolerance) for name in wanted):
+        yield "after `join`, the model is not that of steps on the mean over the ranks that were there"
+    if settled != ([max(counts)] if averaged > 1 else []):
+        yield f"`join` settled with rank(s) {settled}, and the last to leave was {max(counts)}"
 
 
 def _plain_gradients(dtype: torch.dtype, parts: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
