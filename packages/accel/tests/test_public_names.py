@@ -68,6 +68,7 @@ MEMBERS = [
     "is_last_process",
     "is_local_main_process",
     "is_main_process",
+    "join_uneven_inputs",
     "load_state",
     "local_main_process_first",
     "local_process_index",

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from accel.engine import Engine
+from accel.engine import Engine, refuse_inside
 from accel.loops import Loops
 from accel.metrics import current_batch, gather_for_metrics
 from accel.process_view import ProcessView
@@ -20,6 +20,7 @@ from accel.project import ProjectConfiguration
 from accel.resolve import resolve
 from accel.saving import LoadHook, SaveHook, Saving
 from accel.tracking import Tracking
+from accel.uneven import join_uneven_inputs
 from accel_data.convert import DataLoaderConfiguration, prepare_data_loader
 from accel_parallel.plugins import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from accel_parallel.select import select_strategy, strategy_class
@@ -177,6 +178,7 @@ class Accelerator(ProcessView):
         Raises:
             ConfigError: for anything else, and for what `accel_parallel.audit` refuses.
         """
+        self._together("prepare")
         kinds = [_kind(index, each) for index, each in enumerate(objects)]
         bundle = self._engine.prepare(
             [each for each, kind in zip(objects, kinds, strict=True) if kind == "model"],
@@ -274,6 +276,26 @@ class Accelerator(ProcessView):
         """Keep the gradients of `model` local, for a script that counts micro-batches by itself."""
         return self.strategy.no_sync(model)
 
+    def join_uneven_inputs(
+        self, joinables: Sequence[nn.Module], even_batches: bool | None = None
+    ) -> AbstractContextManager[None]:
+        """Around one epoch's loop in which ranks may run out of batches at different times. Every rank must enter.
+
+        Ranks that are through wait at the end of the block. A step's gradient is the mean over the ranks that have a
+        batch. Afterwards every rank has the models, optimizers and schedulers of one that took the most steps. Nothing
+        else that needs all ranks works inside: not `num_items`, gathering, saving, evaluation or `no_sync`.
+
+        Args:
+            joinables: prepared models; the loop calls each once a micro-batch, forward and backward, in this order.
+            even_batches: what prepared loaders do in the block, instead of what they were configured to do.
+
+        Raises:
+            ConfigError: for what would wait for a rank that is through.
+        """
+        return join_uneven_inputs(
+            joinables, engine=self._engine, loaders=self._loaders, process=self.process, even_batches=even_batches
+        )
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's mixed precision for a block outside a prepared model's forward, such as a loss."""
         return self._engine.precision.forward_context()
@@ -303,8 +325,9 @@ class Accelerator(ProcessView):
             ConfigError: if rows and batch do not match, or it is not clear which batch is meant, so that padding could
                 not be told from data.
         """
+        process = self._together("gather_for_metrics")
         return gather_for_metrics(
-            tree, info=current_batch(self._loops), process=self.process, use_gather_object=use_gather_object
+            tree, info=current_batch(self._loops), process=process, use_gather_object=use_gather_object
         )
 
     # Checkpoints
@@ -336,6 +359,7 @@ class Accelerator(ProcessView):
         Raises:
             CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
         """
+        self._together("save_state")
         return self._saving.save(output_dir)
 
     def load_state(self, input_dir: str | Path | None = None) -> Path | None:
@@ -351,6 +375,7 @@ class Accelerator(ProcessView):
             CheckpointError: naming what is missing, extra, damaged or of another shape; nothing is changed then,
                 unless the mismatch shows only when an object takes its state.
         """
+        self._together("load_state")
         return self._saving.load(input_dir)
 
     @property
@@ -377,6 +402,7 @@ class Accelerator(ProcessView):
 
     def end_training(self) -> None:
         """Finish the trackers and leave the world. Every rank must call this."""
+        self._together("end_training")
         self._tracking.finish()
         self.process.barrier()
         self.process.close()
@@ -391,6 +417,10 @@ class Accelerator(ProcessView):
         return release_memory(*objects)
 
     clear = free_memory
+
+    def _together(self, what: str) -> Process:
+        refuse_inside(self._engine, what)
+        return self.process
 
     def _prepare_loader(self, loader: Any) -> StatefulLoader[Any]:
         prepared = prepare_data_loader(

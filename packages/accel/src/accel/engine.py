@@ -25,7 +25,7 @@ from accel_parallel.strategy import Bundle, Duty, Strategy
 from accel_state.errors import ConfigError
 from accel_state.protocols import Precision, StatefulLoader
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "refuse_inside"]
 
 
 class Engine:
@@ -42,6 +42,8 @@ class Engine:
         """As they were handed back: what users hold."""
         self.optimizers: list[PreparedOptimizer] = []
         self.schedulers: list[PreparedScheduler] = []
+        self.joining = False
+        """Whether ranks may have left a block for uneven inputs, so that only gradients can be exchanged."""
         self._scales = precision.scaler.enabled and Duty.SCALE not in strategy.owns
         self._averages = Duty.AVERAGE not in strategy.owns
         self._windows_of_model: dict[int, tuple[Window, ...]] = {}
@@ -104,6 +106,8 @@ class Engine:
         if num_items is None and not self._scales and accumulation.is_trivial:
             self.strategy.backward(loss, **kwargs)
             return
+        if num_items is not None:
+            refuse_inside(self, "backward(loss, num_items=...)")
         if self._averages:
             loss = accumulation.scale_loss(loss, num_items)
         if self._scales:
@@ -124,7 +128,7 @@ class Engine:
         scope = self.accumulation.enter(windows, self.loops.remaining)
         for window in scope.windows:
             self.loops.feed(window, first=window.micro_steps == 1)
-        if self.strategy.average_size == 1 or self.accumulation.plugin.sync_each_batch:
+        if self.joining or self.strategy.average_size == 1 or self.accumulation.plugin.sync_each_batch:
             return scope
         quiet = [
             model
@@ -219,6 +223,16 @@ class Engine:
 
     def _current_scale(self) -> torch.Tensor:
         return self.precision.scaler.scale(torch.ones((), device=self.models[0].parameters().__next__().device))
+
+
+def refuse_inside(engine: Engine, what: str) -> None:
+    """Refuse `what`, which needs all ranks, where some may be through."""
+    if engine.joining:
+        raise ConfigError(
+            f"`{what}` was called inside `join_uneven_inputs`, and it needs all ranks, but one that has run out of "
+            f"batches takes part in nothing except the exchange of gradients. Call it after the block, or train with "
+            f"`even_batches=True`, where every rank has as many batches and the block is not needed."
+        )
 
 
 class _Quiet:

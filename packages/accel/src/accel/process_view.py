@@ -69,7 +69,7 @@ class ProcessView:
 
     def wait_for_everyone(self) -> None:
         """Wait until all processes are here. Every rank must call this."""
-        self.process.barrier()
+        self._together("wait_for_everyone").barrier()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """``print`` on the main process of each node; nothing elsewhere."""
@@ -102,10 +102,12 @@ class ProcessView:
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """The main process runs the block first, the others after it. Every rank must enter."""
+        self._together("main_process_first")
         return execution.main_process_first()
 
     def local_main_process_first(self) -> AbstractContextManager[None]:
         """The main process of each node runs the block first. Every rank must enter."""
+        self._together("local_main_process_first")
         return execution.local_main_process_first()
 
     @contextmanager
@@ -119,25 +121,31 @@ class ProcessView:
 
         Shapes must agree over the ranks; padding in a last batch is kept (see `gather_for_metrics`).
         """
-        return collectives.gather(tree, process=self.process)
+        return collectives.gather(tree, process=self._together("gather"))
 
     def gather_object(self, entries: Any) -> list[Any]:
         """Python objects of all ranks in one list, pickled on the way. Every rank must call this."""
-        return collectives.gather_object(entries, process=self.process)
+        return collectives.gather_object(entries, process=self._together("gather_object"))
 
     def reduce(
         self, tree: Any, reduction: Literal["mean", "sum", "max", "min", "none"] = "mean", scale: float = 1.0
     ) -> Any:
         """Tensors of all ranks made into one, entry by entry, on every rank. Every rank must call this."""
-        return collectives.reduce(tree, reduction, scale, process=self.process)
+        return collectives.reduce(tree, reduction, scale, process=self._together("reduce"))
 
     def broadcast(self, tree: Any, from_process: int = 0) -> Any:
         """The tensors of one rank, on every rank. Every rank must call this, with tensors of those shapes."""
-        return collectives.broadcast(tree, from_process, process=self.process)
+        return collectives.broadcast(tree, from_process, process=self._together("broadcast"))
 
     def pad_across_processes(self, tree: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
         """Tensors padded along `dim` to the longest of all ranks, so that they can be gathered.
 
         Every rank must call this.
         """
-        return collectives.pad_across_processes(tree, dim, pad_index, pad_first, process=self.process)
+        return collectives.pad_across_processes(
+            tree, dim, pad_index, pad_first, process=self._together("pad_across_processes")
+        )
+
+    def _together(self, what: str) -> Process:
+        """The process, for `what`, which all ranks do together."""
+        return self.process
