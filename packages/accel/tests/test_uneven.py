@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from accel import Accelerator
+from accel import Accelerator, DataLoaderConfiguration
 from accel_state import ConfigError
 from accel_state.testing import run_ranks
 
@@ -284,3 +284,23 @@ def test_one_process_has_nobody_to_wait_for() -> None:
         assert accelerator.gather(torch.ones(1)).shape == (1,)
         with torch.no_grad():
             model(inputs(0, 0))
+
+
+def with_dealt_batches() -> str:
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    model = network()
+    model, loader = accelerator.prepare(model, DataLoader(inputs(0, 0), batch_size=1))
+    with accelerator.join_uneven_inputs([model]):
+        for batch in loader:
+            accelerator.backward(model(batch).sum())
+    with (
+        pytest.raises(ConfigError, match="asks rank 0 for the next one") as caught,
+        accelerator.join_uneven_inputs([model], even_batches=False),
+    ):
+        raise AssertionError("entered")
+    return str(caught.value)
+
+
+def test_uneven_batches_that_rank_0_deals_out_are_refused() -> None:
+    for message in run_ranks(with_dealt_batches, 2):
+        assert message.startswith("`join_uneven_inputs` was entered with `dispatch_batches=True`")

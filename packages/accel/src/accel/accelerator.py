@@ -21,7 +21,8 @@ from accel.resolve import resolve
 from accel.saving import LoadHook, SaveHook, Saving
 from accel.tracking import Tracking
 from accel.uneven import join_uneven_inputs
-from accel_data.convert import DataLoaderConfiguration, prepare_data_loader
+from accel_data.configuration import DataLoaderConfiguration
+from accel_data.convert import is_loader, prepare_data_loader
 from accel_parallel.plugins import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from accel_parallel.select import select_strategy, strategy_class
 from accel_parallel.strategy import Strategy
@@ -293,7 +294,12 @@ class Accelerator(ProcessView):
             ConfigError: for what would wait for a rank that is through.
         """
         return join_uneven_inputs(
-            joinables, engine=self._engine, loaders=self._loaders, process=self.process, even_batches=even_batches
+            joinables,
+            engine=self._engine,
+            loaders=self._loaders,
+            process=self.process,
+            even_batches=even_batches,
+            dealt=bool(self._data.dispatch_batches),
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -493,7 +499,7 @@ def _kind(index: int, each: Any) -> str:
         return "model"
     if isinstance(each, Optimizer):
         return "optimizer"
-    if isinstance(each, (DataLoader, StatefulLoader)):
+    if isinstance(each, StatefulLoader) or is_loader(each):
         return "loader"
     if all(callable(getattr(each, method, None)) for method in ("step", "state_dict", "load_state_dict")):
         return "scheduler"

@@ -34,12 +34,22 @@ def join_uneven_inputs(
     loaders: Sequence[Any],
     process: Process,
     even_batches: bool | None,
+    dealt: bool,
 ) -> Iterator[None]:
-    """What `Accelerator.join_uneven_inputs` does. Every rank must enter."""
+    """What `Accelerator.join_uneven_inputs` does. Every rank must enter.
+
+    Args:
+        models: what the block trains.
+        engine: of the run.
+        loaders: all that are prepared.
+        process: the open process.
+        even_batches: what the loaders do in the block; ``None`` for what they do anyhow.
+        dealt: whether rank 0 deals the loaders' batches out.
+    """
     refuse_inside(engine, "join_uneven_inputs")
     several = process.topology.world_size > 1
     if several:
-        _check(engine, loaders, even_batches)
+        _check(engine, loaders, even_batches, dealt)
     before = [(loader, loader.even_batches) for loader in loaders] if even_batches is not None else []
     try:
         for loader, _ in before:
@@ -70,7 +80,7 @@ def take_over(engine: Engine, process: Process, source: int) -> None:
         engine.precision.scaler.load_state_dict(state["scaler"])
 
 
-def _check(engine: Engine, loaders: Sequence[Any], even_batches: bool | None) -> None:
+def _check(engine: Engine, loaders: Sequence[Any], even_batches: bool | None, dealt: bool) -> None:
     if any(window.accumulating for window in engine.accumulation.windows):
         raise ConfigError(
             "`join_uneven_inputs` was entered inside an accumulation window that is not finished, whose gradients "
@@ -80,6 +90,12 @@ def _check(engine: Engine, loaders: Sequence[Any], even_batches: bool | None) ->
         raise ConfigError(
             f"`even_batches={even_batches}` was given to `join_uneven_inputs`, and no data loader is prepared whose "
             f"batches it could change. Leave it out, or prepare the loader."
+        )
+    if dealt and any(not (loader.even_batches if even_batches is None else even_batches) for loader in loaders):
+        raise ConfigError(
+            "`join_uneven_inputs` was entered with `dispatch_batches=True` and without even batches: a rank that gets "
+            "no part of a batch asks rank 0 for the next one, while rank 0 waits for it in its step. "
+            "Set `dispatch_batches=False`, or keep `even_batches=True`."
         )
 
 
