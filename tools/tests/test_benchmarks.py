@@ -14,7 +14,7 @@ from benchmarks import compare, page
 from benchmarks.sides import Side
 from repository import ROOT
 
-KEYS = ["P7", "P8", "P9", "P10", "P11", "P12", "P13", "P14"]
+KEYS = ["P7", "P8", "P9", "P10", "P11", "P12", "P13", "P14", "Dispatch"]
 
 
 @pytest.mark.parametrize("key", KEYS)
