@@ -155,6 +155,7 @@ class Process:
         if _current is self:
             _current = None
             if self._owns_group and dist.is_initialized():
+                _let_go()
                 dist.destroy_process_group()
 
     def __enter__(self) -> Process:
@@ -262,11 +263,12 @@ def _fresh(store: Store, world_size: int) -> Store:
 
 
 def _let_go() -> None:
-    """At exit: let the backend's threads give up the tensors of the last collectives.
+    """Before the end of the process or of its group: let the backend's threads give up the last collectives' tensors.
 
-    gloo does so a moment after the caller has gone on, and needs the interpreter for it. Where that is ending by then,
-    its thread is unwound through code that cannot be, and the process aborts ("terminate called without an active
-    exception") although all went well. Seen with torch 2.13 in scripts that keep a DDP model to their end.
+    gloo does so a moment after the caller has gone on, and needs the interpreter for it. Seen with torch 2.13 in scripts
+    that keep a DDP model to their end: where the interpreter is ending by then, the thread is unwound through code that
+    cannot be, and the process aborts ("terminate called without an active exception") although all went well; and where
+    the model is let go of last, its group waits for the thread while the thread waits for the interpreter, for ever.
     """
     time.sleep(_LET_GO_S)
 
