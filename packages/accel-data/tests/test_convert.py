@@ -193,7 +193,7 @@ def test_settings_of_the_users_loader_are_kept() -> None:
     )  # fmt: skip
     loader = prepare(user, Topology())
     inner = loader._source._feed._loader
-    for name in ("num_workers", "prefetch_factor", "collate_fn", "timeout", "persistent_workers"):
+    for name in ("num_workers", "prefetch_factor", "timeout", "persistent_workers"):
         assert getattr(inner, name) == getattr(user, name), name
     assert inner.multiprocessing_context.get_start_method() == "fork"
     assert next(iter(loader)) == (0, 1, 2)

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import accel_data.randomness as randomness
+import accel_data.generators as memory
+from accel_data.generators import default_generators
 from accel_data.randomness import (
     AsideGenerators,
     augmentation_seed,
-    default_generators,
     read_seeded,
     reading_seed,
     sample_seed,
@@ -68,13 +68,13 @@ def numbers() -> list[float]:
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """States are read from memory, and from copies where that cannot be decoded."""
     if request.param == "copies":
-        monkeypatch.setattr(randomness, "python_offset", lambda: 0)
-        monkeypatch.setattr(randomness, "numpy_offsets", lambda: None)
+        monkeypatch.setattr(memory, "python_offset", lambda: 0)
+        monkeypatch.setattr(memory, "numpy_offsets", lambda: None)
 
 
 def test_memory_can_be_decoded_here() -> None:
-    assert randomness.python_offset()
-    assert randomness.numpy_offsets()
+    assert memory.python_offset()
+    assert memory.numpy_offsets()
 
 
 @pytest.mark.usefixtures("_way")

@@ -108,7 +108,7 @@ class Assembly:
         batch_size: rows of one rank in a full batch.
         even: whether a step that is not full is padded.
         drop_last: whether it is left out; the readers leave out partial batches themselves.
-        collate: makes a batch of a list of samples.
+        collate: makes a batch of a list of samples, told the number of the step and the data rank it is for.
         exchange: how the sizes of parts that are not read here are learnt.
         together: whether all parts are cut as one, instead of each among its own ranks.
         deal: whether batches of all ranks are made, instead of this one's: each step is a list of them.
@@ -125,7 +125,7 @@ class Assembly:
         batch_size: int,
         even: bool,
         drop_last: bool,
-        collate: Callable[[list[Any]], Any],
+        collate: Callable[[list[Any], int, int], Any],
         exchange: SizeExchange | None,
         together: bool,
         deal: bool,
@@ -156,7 +156,7 @@ class Assembly:
             following = pulled[0][1]()
             rows, real_rows = self._rows(sizes)
             note = Note(rows, real_rows, self._is_over(following), places, self._parts.num)
-            yield self._batch(parcels, rows) if step >= self._ahead else None, note
+            yield self._batch(parcels, rows, step) if step >= self._ahead else None, note
             sizes, step = following, step + 1
             pulled.append(self._pull())
 
@@ -186,22 +186,22 @@ class Assembly:
             real += split_real_rows(size, members, even=self._even)
         return (max(real),) * len(real) if self._even else tuple(real), tuple(real)
 
-    def _batch(self, parcels: Mapping[int, Parcel | None], rows: tuple[int, ...]) -> Any:
+    def _batch(self, parcels: Mapping[int, Parcel | None], rows: tuple[int, ...], step: int) -> Any:
         own = parcels.get(self._parts.own if not self._together else 0)
         if own is not None and own.batch is not None:
             return own.batch
         if not self._together:
-            return self._padded(own, rows[self._rank])
+            return self._padded(own, rows[self._rank], step)
         samples = [each for part in sorted(parcels) for each in _samples(parcels[part])]
         if self._deal:
-            return [self._cut(samples, rank) for rank in range(self._world)]
-        return self._cut(samples, self._rank)
+            return [self._cut(samples, rank, step) for rank in range(self._world)]
+        return self._cut(samples, self._rank, step)
 
-    def _cut(self, samples: list[Any], rank: int) -> Any:
+    def _cut(self, samples: list[Any], rank: int, step: int) -> Any:
         positions = share_of(len(samples), rank, self._world, even=self._even).positions
-        return self._collate([samples[position] for position in positions]) if positions else None
+        return self._collate([samples[position] for position in positions], step, rank) if positions else None
 
-    def _padded(self, parcel: Parcel | None, num_rows: int) -> Any:
+    def _padded(self, parcel: Parcel | None, num_rows: int, step: int) -> Any:
         """This rank's rows of its part, made up to `num_rows`."""
         samples, parts = _samples(parcel), self._parts
         positions = share_of(len(samples), parts.index, parts.members[parts.own], even=self._even).positions
@@ -216,7 +216,7 @@ class Assembly:
                     f'`even_batches=False`, or use `sharding="index"`.'
                 )
             rows += [repeated[row % len(repeated)] for row in range(missing)]
-        return self._collate(rows) if rows else None
+        return self._collate(rows, step, self._rank) if rows else None
 
 
 def _samples(parcel: Parcel | None) -> list[Any]:

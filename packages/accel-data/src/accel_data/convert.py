@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, default_convert
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from accel_data.agreement import agree, has_peers, share
 from accel_data.assembly import SizeExchange
+from accel_data.collation import Collation
 from accel_data.configuration import DataLoaderConfiguration
 from accel_data.dispatch import DispatchedSteps, TreeChannel
 from accel_data.loader import ShardedLoader
@@ -143,17 +144,6 @@ class _Batches(IterableDataset[Any]):
         return getattr(self._batches, name)
 
 
-class _Single:
-    """Collation of an iterable whose items are batches."""
-
-    def __init__(self, convert: Callable[[Any], Any]) -> None:
-        self._convert = convert
-
-    def __call__(self, items: list[Any]) -> Any:
-        (item,) = items
-        return self._convert(item)
-
-
 def _check(loader: object, topology: Topology, name: str) -> None:
     if not is_loader(loader):
         raise ConfigError(
@@ -203,12 +193,16 @@ def _map_source(
 ) -> Source:
     parts = parts_of(loader.dataset, topology, config, name=name)
     single = loader.batch_size is None and loader.batch_sampler is None
-    ticketed = not draws_nothing(loader.dataset)
+    collation = Collation(loader.collate_fn)
+    ticketed = not (draws_nothing(loader.dataset) and collation.draws_nothing)
     batch_sampler = ShardedBatchSampler()
     dataset = divide(loader.dataset, parts, config, name=name)
     changes: dict[str, Any] = {"dataset": dataset}
     if ticketed:
-        changes["dataset"] = SampleReader(dataset, name=name, rank=topology.data_rank, one_a_batch=single)
+        keeps = not single and not collation.draws_nothing
+        rank = topology.data_rank
+        changes["dataset"] = SampleReader(dataset, name=name, rank=rank, one_a_batch=single, keeps_ticket=keeps)
+        changes["collate_fn"] = collation if keeps else loader.collate_fn
         changes["worker_init_fn"] = WorkerInit(loader.worker_init_fn) if loader.num_workers else None
     changes |= {"sampler": batch_sampler, "batch_size": None} if single else {"batch_sampler": batch_sampler}
     inner = _rebuilt(loader, device, config, **changes)
@@ -284,7 +278,6 @@ def _stream_source(
     size = loader.batch_size
     single = size is None
     batch_size = 1 if size is None else _rank_batch_size(size, topology, config, name)
-    collate: Any = _Single(loader.collate_fn or default_convert) if single else loader.collate_fn
     parts = parts_of(dataset, topology, config, name=name)
     if parts.num == 1:
         check_given(dataset, topology, name=name)
@@ -306,7 +299,7 @@ def _stream_source(
         dataset,
         divide=lambda num, part: divide(dataset, Parts(tuple(range(num)), part), config, name=name),
         build=build,
-        collate=collate,
+        collation=Collation(loader.collate_fn, single=single),
         parts=parts,
         batch_size=batch_size,
         drop_last=loader.drop_last,

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, get_worker_info
 
-from accel_data.randomness import DefaultGenerator, default_generators, sample_seed
+from accel_data.generators import DefaultGenerator, default_generators
+from accel_data.randomness import collating_seed, sample_seed
 from accel_state.errors import AccelError
 
-__all__ = ["SampleError", "SampleReader", "Ticket", "WorkerInit", "draws_nothing"]
+__all__ = ["SampleError", "SampleReader", "Ticket", "TicketedRows", "WorkerInit", "draws_nothing"]
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +53,14 @@ def draws_nothing(dataset: Any) -> bool:
     return kind in (TensorDataset, list, tuple, range)
 
 
+class TicketedRows(list[Any]):
+    """Samples on their way to a `Collation` that draws, with the seed of their batch."""
+
+    def __init__(self, samples: Sequence[Any], ticket: Ticket) -> None:
+        super().__init__(samples)
+        self.seed = collating_seed(ticket.seed, ticket.positions[0])
+
+
 class SampleReader(Dataset[Any]):
     """Reads samples of a dataset so that what each draws depends on (seed of the epoch, position) only.
 
@@ -77,12 +86,16 @@ class SampleReader(Dataset[Any]):
         rank: the data rank, for messages.
         one_a_batch: whether the DataLoader has ``batch_size=None``: each item of the dataset is a batch, and its
             ``__getitems__`` is not used.
+        keeps_ticket: whether batches come as `TicketedRows`.
     """
 
-    def __init__(self, dataset: Any, *, name: str, rank: int, one_a_batch: bool = False) -> None:
+    def __init__(
+        self, dataset: Any, *, name: str, rank: int, one_a_batch: bool = False, keeps_ticket: bool = False
+    ) -> None:
         self.dataset = dataset
         self._name = name
         self._rank = rank
+        self._keeps_ticket = keeps_ticket
         self._reads_many = not one_a_batch and _reads_many(dataset)
         self._drawn: tuple[int, ...] | None = () if self._reads_many else None  # indices of generators; None: unknown
         self._generators: tuple[DefaultGenerator, ...] = ()
@@ -92,7 +105,7 @@ class SampleReader(Dataset[Any]):
 
     def __getitem__(self, ticket: Ticket) -> Any:
         """The sample of a ticket of one row. Called where the DataLoader has ``batch_size=None``."""
-        return self.__getitems__(ticket)[0]
+        return self._read(ticket)[0]
 
     def __getitems__(self, ticket: Ticket) -> list[Any]:
         """The samples of a ticket, in its order.
@@ -100,6 +113,10 @@ class SampleReader(Dataset[Any]):
         Raises:
             SampleError: if the dataset raises; names the sample, the rank and the loader.
         """
+        samples = self._read(ticket)
+        return TicketedRows(samples, ticket) if self._keeps_ticket else samples
+
+    def _read(self, ticket: Ticket) -> list[Any]:
         if not self._generators:
             self._generators = default_generators()
         generators = self._generators

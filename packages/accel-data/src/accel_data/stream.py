@@ -48,7 +48,8 @@ class PartStream(IterableDataset[Parcel]):
     Args:
         dataset: any iterable. The same samples must come on all ranks that read this part; it is read under
             generators seeded alike, and told the epoch by ``set_epoch`` where it has that.
-        collate: makes of a full batch's samples what this rank gets of it; ``None`` leaves them as they are.
+        collate: makes of a full batch's samples what this rank gets of it, told the seed of the worker's epoch and the
+            number of the first one in it; ``None`` leaves them as they are.
         size: samples of a full batch, over all ranks that read this part.
         part: its number.
         drop_last: whether a partial batch is left out.
@@ -62,7 +63,7 @@ class PartStream(IterableDataset[Parcel]):
         self,
         dataset: Any,
         *,
-        collate: Callable[[list[Any]], Any] | None,
+        collate: Callable[[list[Any], int, int], Any] | None,
         size: int,
         part: int = 0,
         drop_last: bool = False,
@@ -123,7 +124,7 @@ class PartStream(IterableDataset[Parcel]):
             size = len(reader.read(self.size))
             if size == self.size or (size and not self._drop_last):
                 yield Parcel(size, None, None, worker, reader.place)
-        first = [] if place.samples == 0 and not ahead else None
+        first: list[Any] | None = [] if place.samples == 0 and not ahead else None
         yield from self._parcels(reader, worker, first)
         if self._num_first and worker == 0 and first is None:
             first = self._beginning(seed, epoch)
@@ -140,7 +141,13 @@ class PartStream(IterableDataset[Parcel]):
             elif self._collate is None:
                 yield Parcel(self.size, None, samples, worker, reader.place)
             else:
-                yield Parcel(self.size, self._collate(samples), None, worker, reader.place)
+                yield Parcel(
+                    self.size,
+                    self._collate(samples, reader.seed, reader.place.samples - self.size),
+                    None,
+                    worker,
+                    reader.place,
+                )
 
     def _beginning(self, seed: int, epoch: int) -> list[Any]:
         """The first samples of the epoch, read anew."""
@@ -152,6 +159,7 @@ class _Reader:
 
     def __init__(self, stream: PartStream, seed: int, worker: int, place: WorkerPlace) -> None:
         self.place = place
+        self.seed = seed
         self._stream = stream
         self._worker = worker
         self._generators = AsideGenerators(seed)

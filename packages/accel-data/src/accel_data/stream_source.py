@@ -12,13 +12,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from accel_data.assembly import Assembly, PartReader, SizeExchange
+from accel_data.collation import Collation
 from accel_data.dispatch import DispatchedSteps
 from accel_data.epoch import EpochRun, Note, StreamRun
 from accel_data.hugging_face import loses_buffer
+from accel_data.order import derive_seed
 from accel_data.partition import GlobalBatches
 from accel_data.parts import Parts
 from accel_data.position import DataKey, PartPlace, Position
-from accel_data.randomness import worker_seed
+from accel_data.randomness import collating_seed, worker_seed
 from accel_data.stream import PartStream
 from accel_state.errors import ConfigError
 from accel_state.topology import Topology
@@ -26,6 +28,13 @@ from accel_state.topology import Topology
 __all__ = ["StreamSource"]
 
 _logger = logging.getLogger(__name__)
+
+
+class _Key(NamedTuple):
+    num_parts: int
+    part: int
+    together: bool
+    even: bool
 
 
 class _Open(NamedTuple):
@@ -40,7 +49,7 @@ class StreamSource:
         dataset: the user's.
         divide: gives part `part` of `num_parts` of it.
         build: makes the underlying loader of a part.
-        collate: makes a batch of a list of samples.
+        collation: makes a batch of a list of samples.
         parts: who reads which.
         batch_size: rows of one rank in a full batch.
         stateful: whether states of datasets are used.
@@ -54,7 +63,7 @@ class StreamSource:
         *,
         divide: Callable[[int, int], Any],
         build: Callable[[PartStream], DataLoader[Any]],
-        collate: Callable[[list[Any]], Any],
+        collation: Collation,
         parts: Parts,
         batch_size: int,
         drop_last: bool,
@@ -72,7 +81,7 @@ class StreamSource:
         self._dataset = dataset
         self._divide = divide
         self._build = build
-        self._collate = collate
+        self._collation = collation
         self._parts = parts
         self._size = batch_size
         self._drop_last = drop_last
@@ -83,7 +92,7 @@ class StreamSource:
         self._num_workers = max(1, num_workers)
         self._persistent = persistent
         self._name = name
-        self._opened: dict[tuple[int, int, bool], _Open] = {}
+        self._opened: dict[_Key, _Open] = {}
         self._said: set[str] = set()
 
     def key(self) -> DataKey:
@@ -122,7 +131,7 @@ class StreamSource:
             batch_size=self._size,
             even=self.even,
             drop_last=self._drop_last,
-            collate=self._collate,
+            collate=_CollateStep(self._collation, position, self._topology.data_world_size),
             exchange=None if together else self._exchange,
             together=together,
             deal=self._dealt is not None,
@@ -163,14 +172,15 @@ class StreamSource:
     def _readers(self, position: Position, parts: Parts, *, together: bool, ahead: int) -> dict[int, PartReader]:
         alone = not together and self._exchange is not None
         numbers = [parts.own] if alone else range(parts.num)
-        wanted = {(parts.num, part, together) for part in numbers}
-        for key in set(self._opened) - wanted:
+        keys = [_Key(parts.num, part, together, self.even) for part in numbers]
+        for key in set(self._opened).difference(keys):
             del self._opened[key]
         readers = {}
-        for part in numbers:
+        for key in keys:
+            part = key.part
             place = None if position.places is None else position.places.get(part)
             assert place is None or isinstance(place, PartPlace)
-            opened = self._open((parts.num, part, together), parts, anew=place is not None or ahead > 0)
+            opened = self._open(key, parts, anew=place is not None or ahead > 0)
             opened.stream.start_at(position.seed, position.epoch, place, ahead=ahead)
             generator = opened.loader.generator
             assert isinstance(generator, torch.Generator)
@@ -178,27 +188,27 @@ class StreamSource:
             readers[part] = PartReader(iter(opened.loader), place, num_workers=self._num_workers)
         return readers
 
-    def _open(self, key: tuple[int, int, bool], parts: Parts, *, anew: bool) -> _Open:
+    def _open(self, key: _Key, parts: Parts, *, anew: bool) -> _Open:
         """The stream and loader of a part. Workers that live on are replaced where they have to go to a place."""
-        num, part, together = key
+        num, part, together, even = key
         if key in self._opened and not (anew and self._persistent):
             return self._opened[key]
         world, rank = self._topology.data_world_size, self._topology.data_rank
         size = self._size * world // num if together else self._size * parts.members[part]
-        collate: Callable[[list[Any]], Any] | None = None
+        collate: _CollateOwn | _CollateEach | None = None
         if self._dealt is not None:
-            collate = _CollateEach(self._collate, self._size)
+            collate = _CollateEach(self._collation, self._size)
         elif together and num == 1:
-            collate = _CollateOwn(self._collate, rank * self._size, self._size)
+            collate = _CollateOwn(self._collation, rank * self._size, self._size)
         elif not together and part == parts.own:
-            collate = _CollateOwn(self._collate, parts.index * self._size, self._size)
+            collate = _CollateOwn(self._collation, parts.index * self._size, self._size)
         stream = PartStream(
             self._dataset if num == 1 else self._divide(num, part),
             collate=collate,
             size=size,
             part=part,
             drop_last=self._drop_last,
-            num_first=self._size if num > 1 and not together else 0,
+            num_first=self._size if num > 1 and even and not together else 0,
             stateful=self._stateful,
             rank=rank,
             name=self._name,
@@ -239,24 +249,39 @@ class StreamSource:
         self._said.add(what)
 
 
+class _CollateStep:
+    """Collates the rows of one rank in a step that is not full."""
+
+    def __init__(self, collation: Collation, start: Position, world: int) -> None:
+        self._collation = collation
+        self._seed = derive_seed(start.seed, start.epoch)
+        self._first = start.batches
+        self._world = world
+
+    def __call__(self, rows: list[Any], step: int, rank: int) -> Any:
+        return self._collation.seeded(rows, collating_seed(self._seed, (self._first + step) * self._world + rank))
+
+
 class _CollateOwn:
     """Collates the rows of one rank in a full batch."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any], first: int, count: int) -> None:
-        self._collate = collate
+    def __init__(self, collation: Collation, first: int, count: int) -> None:
+        self._collation = collation
         self._rows = slice(first, first + count)
 
-    def __call__(self, samples: list[Any]) -> Any:
-        return self._collate(samples[self._rows])
+    def __call__(self, samples: list[Any], seed: int, number: int) -> Any:
+        return self._collation.seeded(samples[self._rows], collating_seed(seed, number + self._rows.start))
 
 
 class _CollateEach:
     """Collates the rows of every rank in a full batch: a list of batches."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any], count: int) -> None:
-        self._collate = collate
+    def __init__(self, collation: Collation, count: int) -> None:
+        self._collation = collation
         self._count = count
 
-    def __call__(self, samples: list[Any]) -> list[Any]:
-        starts = range(0, len(samples), self._count)
-        return [self._collate(samples[start : start + self._count]) for start in starts]
+    def __call__(self, samples: list[Any], seed: int, number: int) -> list[Any]:
+        return [
+            self._collation.seeded(samples[start : start + self._count], collating_seed(seed, number + start))
+            for start in range(0, len(samples), self._count)
+        ]
