@@ -141,11 +141,6 @@ def test_two_lengths_of_a_window(alone: None) -> None:
         )
 
 
-def test_a_loader_that_makes_its_own_batches(alone: None) -> None:
-    with pytest.raises(ConfigError, match=r"`batch_size=None`: its dataset makes batches itself.*Build it with"):
-        Accelerator(cpu=True).prepare(DataLoader(range(4), batch_size=None))
-
-
 def test_an_unknown_precision_given_as_an_argument(alone: None) -> None:
     with pytest.raises(
         ConfigError,
