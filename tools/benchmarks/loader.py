@@ -17,17 +17,21 @@ NUM_SAMPLES = 8192
 
 
 def comparisons(sides: dict[str, Side]) -> list[Comparison]:
-    """Whole shuffled epochs, in two batch sizes."""
+    """Whole shuffled epochs: in two batch sizes, and of a dataset whose samples might draw random numbers."""
     return [
         Comparison(
             key="P10",
-            title=f"one shuffled batch of {size} from a prepared loader, epoch of {NUM_SAMPLES}",
+            title=f"one shuffled batch of {size} from a prepared loader, epoch of {NUM_SAMPLES}{of}",
             reference="torch",
             by="ratio",
             goal=1.05,
-            samplers={name: workers(side, "loader", str(size)) for name, side in sides.items()},
+            samplers={name: workers(side, "loader", f"{size} {kind}") for name, side in sides.items()},
         )
-        for size in (8, 64)
+        for size, kind, of in (
+            (8, "tensors", ""),
+            (64, "tensors", ""),
+            (64, "class", ", dataset of the user's own class"),
+        )
     ]
 
 
@@ -36,8 +40,10 @@ def block(side: str, variant: str) -> Callable[[], float]:
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 
-    dataset = TensorDataset(torch.randn(NUM_SAMPLES, 16), torch.zeros(NUM_SAMPLES, dtype=torch.long))
-    loader = _prepare(side, DataLoader(dataset, batch_size=int(variant), shuffle=True))
+    size, kind = variant.split()
+    rows, labels = torch.randn(NUM_SAMPLES, 16), torch.zeros(NUM_SAMPLES, dtype=torch.long)
+    dataset: Any = TensorDataset(rows, labels) if kind == "tensors" else _Pairs(rows, labels)
+    loader = _prepare(side, DataLoader(dataset, batch_size=int(size), shuffle=True))
 
     def epoch() -> float:
         start = time.perf_counter()
@@ -55,3 +61,17 @@ def _prepare(side: str, loader: Any) -> Any:
     if side == "fabric":
         return library.Fabric(accelerator="cpu").setup_dataloaders(loader)
     return library.Accelerator(cpu=True).prepare(loader)
+
+
+class _Pairs:
+    """What many users write: it gives the same as a ``TensorDataset``, but nobody can know that it draws nothing."""
+
+    def __init__(self, rows: Any, labels: Any) -> None:
+        self._rows = rows
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self._rows[index], self._labels[index]
