@@ -155,7 +155,11 @@ class Assembly:
             parcels, _, places = pulled.popleft()
             following = pulled[0][1]()
             rows, real_rows = self._rows(sizes)
-            note = Note(rows, real_rows, self._is_over(following), places, self._parts.num)
+            is_last = self._is_over(following)
+            if is_last:
+                # What a dataset says of itself at its end may be the place where it begins.
+                places = {part: place.at_end() for part, place in places.items()}
+            note = Note(rows, real_rows, is_last, places, self._parts.num)
             yield self._batch(parcels, rows, step) if step >= self._ahead else None, note
             sizes, step = following, step + 1
             pulled.append(self._pull())

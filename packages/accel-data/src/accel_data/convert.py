@@ -20,7 +20,7 @@ from accel_data.prefetch import pin_wanted
 from accel_data.randomness import draw_seed
 from accel_data.reading import SampleReader, WorkerInit, draws_nothing
 from accel_data.sampler import ShardedBatchSampler
-from accel_data.sharding import check_given, divide, divided_sampler, parts_of, refuse_sharded
+from accel_data.sharding import check_alike, divide, divided_sampler, parts_of, refuse_sharded
 from accel_data.source import BatchSource, Feed, PartedSource, SampleSource, Source
 from accel_data.stream import PartStream, hand_over
 from accel_data.stream_source import StreamSource
@@ -279,8 +279,8 @@ def _stream_source(
     single = size is None
     batch_size = 1 if size is None else _rank_batch_size(size, topology, config, name)
     parts = parts_of(dataset, topology, config, name=name)
-    if parts.num == 1:
-        check_given(dataset, topology, name=name)
+    if config.sharding != "given":
+        check_alike(dataset, topology, name=name)
     several = parts.num > 1 and has_peers(topology)
     speaks = topology.rank == min(_ranks_reading(topology, parts)) if several else True
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["forget_place", "is_streaming", "loses_buffer", "shuffle_state", "split", "split_among"]
+__all__ = ["divides_badly", "forget_place", "is_streaming", "loses_buffer", "shuffle_state", "split", "split_among"]
 
 
 def is_streaming(dataset: object) -> bool:
@@ -40,6 +40,14 @@ def loses_buffer(dataset: object) -> bool:
         return False
     shuffling = getattr(dataset, "_shuffling", None)
     return _buffers(dataset) or bool(getattr(shuffling, "buffer_size", 0))
+
+
+def divides_badly(dataset: object) -> bool:
+    """Whether its ``state_dict`` cannot be loaded in a worker process: that of a pipeline with several sources is
+    loaded before they are divided among the workers, as of version 5.2."""
+    if not is_streaming(dataset):
+        return False
+    return any(getattr(each, "ex_iterables", None) for each in _chain(getattr(dataset, "_ex_iterable", None)))
 
 
 def forget_place(dataset: Any) -> None:

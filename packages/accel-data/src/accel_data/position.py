@@ -46,6 +46,11 @@ class PartPlace(NamedTuple):
         """Samples of the part that have been handed out."""
         return sum(worker.samples for worker in self.workers)
 
+    def at_end(self) -> PartPlace:
+        """The end of the epoch, where nothing follows."""
+        ended = (worker._replace(at=worker.samples, ended=True, state=None) for worker in self.workers)
+        return PartPlace(0, tuple(ended))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:

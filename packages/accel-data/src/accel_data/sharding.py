@@ -16,7 +16,7 @@ from accel_data.user_sampler import aware_of_ranks, num_parts_of
 from accel_state.errors import ConfigError
 from accel_state.topology import Topology
 
-__all__ = ["check_given", "divide", "divided_sampler", "parts_of", "refuse_sharded"]
+__all__ = ["check_alike", "divide", "divided_sampler", "parts_of", "refuse_sharded"]
 
 
 def refuse_sharded(loader: DataLoader[Any], topology: Topology, config: DataLoaderConfiguration, *, name: str) -> None:
@@ -111,8 +111,8 @@ def divided_sampler(sampler: Any, dataset: Any, kind: OrderKind, config: DataLoa
     )
 
 
-def check_given(dataset: Any, topology: Topology, *, name: str) -> None:
-    """Check that ranks which read one stream read the same one.
+def check_alike(dataset: Any, topology: Topology, *, name: str) -> None:
+    """Check that ranks which read one stream, or divide it, have the same one.
 
     Raises:
         ConfigError: where they would draw different orders.

@@ -178,8 +178,11 @@ class _Reader:
         """The next samples, fewer than `count` at the end."""
         samples = self._take(count)
         if samples:
-            self.place = self.place._replace(samples=self._number)
-            if self._owner is not None:
+            ended = len(samples) < count
+            self.place = self.place._replace(samples=self._number, ended=ended)
+            if ended:
+                self.place = self.place._replace(state=None, at=self._number)
+            elif self._owner is not None:
                 # A copy: the dataset may go on changing what it gave.
                 self.place = self.place._replace(state=copy.deepcopy(self._owner.state_dict()), at=self._number)
         return samples

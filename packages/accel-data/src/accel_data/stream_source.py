@@ -15,7 +15,7 @@ from accel_data.assembly import Assembly, PartReader, SizeExchange
 from accel_data.collation import Collation
 from accel_data.dispatch import DispatchedSteps
 from accel_data.epoch import EpochRun, Note, StreamRun
-from accel_data.hugging_face import loses_buffer
+from accel_data.hugging_face import divides_badly, loses_buffer
 from accel_data.order import derive_seed
 from accel_data.partition import GlobalBatches
 from accel_data.parts import Parts
@@ -85,7 +85,7 @@ class StreamSource:
         self._parts = parts
         self._size = batch_size
         self._drop_last = drop_last
-        self._stateful = stateful and not loses_buffer(dataset)
+        self._stateful = stateful and not loses_buffer(dataset) and not (num_workers and divides_badly(dataset))
         self._exchange = exchange
         self._dealt = dealt
         self._topology = topology

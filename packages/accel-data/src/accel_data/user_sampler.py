@@ -32,7 +32,7 @@ def recognise(loader: DataLoader[Any], *, seedable: bool = True) -> OrderKind:
     sampler = _sampler_of(loader)
     if type(sampler) is SequentialSampler:
         return "sequential"
-    whole = type(sampler) is RandomSampler and not sampler.replacement
+    whole = _is_plain(sampler, RandomSampler) and not sampler.replacement
     if seedable and whole and sampler.num_samples == len(sampler.data_source):
         return "permutation"
     return "sampler"
@@ -40,7 +40,13 @@ def recognise(loader: DataLoader[Any], *, seedable: bool = True) -> OrderKind:
 
 def own_batch_sampler(loader: DataLoader[Any]) -> bool:
     """Whether the batches are made by something else than torch's plain ``BatchSampler``."""
-    return loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
+    return loader.batch_sampler is not None and not _is_plain(loader.batch_sampler, BatchSampler)
+
+
+def _is_plain(sampler: object, kind: type) -> bool:
+    """Whether it is torch's own, or what torchdata puts in the place of that: the same order, with a state."""
+    stateful = type(sampler).__module__ == "torchdata.stateful_dataloader.sampler"
+    return type(sampler) is kind or (stateful and type(sampler).__name__ == kind.__name__)
 
 
 def _sampler_of(loader: DataLoader[Any]) -> Any:
