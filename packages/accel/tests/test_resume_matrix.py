@@ -145,7 +145,7 @@ def train(folder: str, run: str, kind: str, steps_per_window: int, dies_at: int 
     )
     model = torch.nn.Linear(4, 1, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    evaluation: Any = DataLoader(range(7), batch_size=2)  # type: ignore[arg-type]
+    evaluation: Any = DataLoader(range(7), batch_size=12)  # type: ignore[arg-type]
     model, optimizer, loader, evaluation = accelerator.prepare(model, optimizer, user, evaluation)
     accelerator.load_state()
     # What was fetched before a batch was used is in the log of the run that fetched it.
@@ -200,11 +200,13 @@ def kill_and_go_on(folder: Path, kind: str, before: int, after: int, window: int
     first, second = steps_of(killed, "first"), steps_of(killed, "second")
     start = min(second)
     assert start == (1, done - done % window)  # with the window that was not finished
-    assert list(second) == [place for place in expected if place >= start]
+    # A stream that divides itself is divided anew, among the ranks that there are now, in the next epoch.
+    last_epoch = 1 if kind in ("plain stream", "stateful stream") and before != after else EPOCHS
+    comparable = [place for place in expected if start <= place and place[0] <= last_epoch]
+    assert [place for place in second if place[0] <= last_epoch] == comparable
     assert first == {place: each for place, each in expected.items() if place in first}
-    for place, (ids, loss) in second.items():
-        if place[0] > 1 and kind == "stateful stream" and before != after:
-            continue  # the next epoch is divided among the ranks that there are now
+    for place in comparable:
+        ids, loss = second[place]
         assert ids == expected[place][0], place
         if before == after:
             assert loss == expected[place][1], place
@@ -239,9 +241,13 @@ def test_a_killed_run_goes_on(tmp_path: Path, before: int, after: int) -> None:
     kill_and_go_on(tmp_path, "shuffled", before, after, 1)
 
 
+WINDOWED = ["shuffled", "workers", "dispatched", "stateful stream"]
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "window"), [*((kind, 1) for kind in KINDS), *((kind, 3) for kind in WINDOWED)], ids=str
+)
 @pytest.mark.parametrize(("before", "after"), TRANSITIONS)
-@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_goes_on(tmp_path: Path, kind: str, before: int, after: int, window: int) -> None:
     kill_and_go_on(tmp_path, kind, before, after, window)
