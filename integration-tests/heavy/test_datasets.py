@@ -228,7 +228,7 @@ def test_a_stream_gives_every_row_once(files: list[str], pipeline: str, world: i
         assert sorted(flat(steps_of(ranks))) == expected
 
 
-@pytest.mark.parametrize("pipeline", ["plain", "batched map", "shuffle"])
+@pytest.mark.parametrize("pipeline", ["plain", "batched map", "shuffle", "concatenate"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_stream_divided_among_workers(files: list[str], pipeline: str, world: int) -> None:
     make, expected = PIPELINES[pipeline]
@@ -379,7 +379,7 @@ def shuffled_without_a_seed(files: list[str]) -> list[int]:
     return [each for _, rows in real_rows(loader, place.rank) for each in rows]
 
 
-@pytest.mark.parametrize("world", [3])
+@pytest.mark.parametrize("world", [2, 3])  # divided by files, and by rows
 def test_ranks_that_would_shuffle_each_in_its_own_way(files: list[str], world: int) -> None:
     with pytest.raises(RankError, match=r"shuffled without a seed.*Give the seed"):
         run_ranks(shuffled_without_a_seed, world, files)
