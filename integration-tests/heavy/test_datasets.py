@@ -274,6 +274,15 @@ def test_a_stream_resumes_in_another_world(files: list[str], pipeline: str, befo
         assert sorted(flat(steps_of(ranks))) == expected
 
 
+def test_an_epoch_that_was_resumed_can_be_read_again_as_a_whole(files: list[str]) -> None:
+    """The dataset itself would begin where the state that was loaded into it stands."""
+    state = state_after([prepare(streamed(files), 0, 1)], 5)
+    (loader,) = resumed([prepare(streamed(files), 0, 1)], state)
+    assert flat(steps_of([loader])) == list(range(5 * GLOBAL_BATCH, ROWS))
+    loader.set_epoch(0)
+    assert flat(steps_of([loader])) == EVERY
+
+
 def test_what_was_seen_is_not_mapped_again(files: list[str]) -> None:
     mapped: list[int] = []
 
