@@ -20,6 +20,7 @@ from accel_data.parts import Parts
 from accel_data.position import PartPlace, WorkerPlace
 from accel_data.stream import Parcel
 from accel_state.errors import ConfigError
+from accel_state.process import close_group
 
 __all__ = ["Assembly", "PartReader", "SizeExchange"]
 
@@ -89,6 +90,10 @@ class SizeExchange:
             return sizes.tolist()
 
         return wait
+
+    def close(self) -> None:
+        """Give up the group. Every rank should, between iterations."""
+        close_group(self._group)
 
     def gather(self, value: Any) -> dict[int, Any]:
         """What the speaker of each part holds. Every rank must call this."""

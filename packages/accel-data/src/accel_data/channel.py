@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import struct
 import time
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from accel_data.packing import Packed, pack, unpack
 from accel_state.errors import AccelError, ConfigError
+from accel_state.process import close_group
 from accel_state.topology import Topology
 from accel_state.tree import tensor_leaves
 
@@ -200,9 +200,7 @@ class TreeChannel:
         self._failure = "The channel to rank 0 is closed, so no batch can be asked for. Make a new one."
         if group is not None:
             self._finalizer.detach()
-            if dist.is_initialized():
-                with contextlib.suppress(ValueError):  # it went with a world that has ended
-                    dist.destroy_process_group(group)
+            close_group(group)
 
     def _message(self, place: int, packed: Packed, iteration: int, step: int) -> list[torch.Tensor]:
         skeleton = b"" if self._sent.get(place) == packed.skeleton else packed.skeleton

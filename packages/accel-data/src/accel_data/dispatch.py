@@ -66,6 +66,10 @@ class DispatchedSteps:
         self._closes: dict[int, Arrival] = {}
         """Of iterations in progress: how rank 0 closed them, told before it was asked for."""
 
+    def close(self) -> None:
+        """Give up the channel. Every rank should, between iterations."""
+        self._channel.close()
+
     def deal(self, steps: Iterable[Sequence[Any]]) -> Iterator[Any]:
         """On rank 0: send the others their trees, and yield its own.
 

@@ -29,6 +29,8 @@ class _Progress:
     """The iteration in progress; of several, the one that was started last."""
     finished: EpochRun | None = None
     """The last iteration if it came to its end, and nothing was set or started since."""
+    closed: bool = False
+    """Whether the loader was given up."""
 
 
 class ShardedLoader:
@@ -239,6 +241,12 @@ class ShardedLoader:
         """
         self._move(read_position(state_dict, self._source.key(), name=self.name))
 
+    def close(self) -> None:
+        """Give up the process groups that it has of its own. Every rank must; it cannot be iterated afterwards."""
+        if not self._progress.closed:
+            self._progress.closed = True
+            self._source.close()
+
     def skip_first(self, num_batches: int) -> ShardedLoader:
         """A loader over the same data whose next iteration leaves the first batches of the epoch out.
 
@@ -264,6 +272,11 @@ class ShardedLoader:
 
     def _begin(self) -> EpochRun:
         progress = self._progress
+        if progress.closed:
+            raise ConfigError(
+                f"The {self.name} was closed, as by `free_memory`, and then iterated: the connections that it read by "
+                f"are gone. Prepare the user's loader again."
+            )
         # The iterator that was in progress goes on by itself, but the place is that of the newest.
         position = progress.position if progress.run is None else progress.run.start.next_epoch()
         skip, self._skip = self._skip, 0

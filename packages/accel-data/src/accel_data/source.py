@@ -54,6 +54,9 @@ class Source(Protocol):
     def whole(self, position: Position) -> Position:
         """The position with the places of all parts. Every rank must call this."""
 
+    def close(self) -> None:
+        """Give up process groups."""
+
 
 class Feed:
     """Turns a plan into this rank's batches, by way of the underlying DataLoader.
@@ -101,6 +104,11 @@ class Feed:
         in_turns = (next(draws[rank]) for step in range(plan.num_batches) for rank in _served(plan, step))
         self._batch_sampler.draw(in_turns, plan.num_batches * topology.data_world_size)
         return dealt.deal(_grouped(iter(self._loader), plan))
+
+    def close(self) -> None:
+        """Give up the channel."""
+        if self._dealt is not None:
+            self._dealt.close()
 
     def _draws(self, plan: EpochPlan, rank: int, seed: int) -> Iterator[Any]:
         if self._ticketed:
@@ -168,6 +176,10 @@ class SampleSource:
     def whole(self, position: Position) -> Position:
         """The position: there is one part."""
         return position
+
+    def close(self) -> None:
+        """Give up process groups."""
+        self._feed.close()
 
     def _order(self, position: Position) -> tuple[EpochOrder, Position]:
         if self._kind == "sequential":
@@ -265,6 +277,10 @@ class PartedSource:
         """The position: every rank knows all places."""
         return position
 
+    def close(self) -> None:
+        """Give up process groups."""
+        self._feed.close()
+
     def _order(self, position: Position) -> EpochOrder:
         own = self._parts.own
         if self._kind == "sequential":
@@ -351,6 +367,10 @@ class BatchSource:
     def whole(self, position: Position) -> Position:
         """The position: there is one part."""
         return position
+
+    def close(self) -> None:
+        """Give up process groups."""
+        self._feed.close()
 
     def _plan(self, items: Sequence[Any], position: Position) -> BatchPlan:
         world = self._topology.data_world_size

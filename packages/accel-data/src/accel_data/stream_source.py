@@ -150,6 +150,14 @@ class StreamSource:
             return position
         return replace(position, places=self._exchange.gather(places[self._parts.own]))
 
+    def close(self) -> None:
+        """Give up process groups, and the workers of this rank."""
+        self._opened.clear()
+        if self._exchange is not None:
+            self._exchange.close()
+        if self._dealt is not None:
+            self._dealt.close()
+
     def _regrouped(self, position: Position) -> Parts:
         """Who reads which part in the rest of the epoch: those who did, or everyone all of them."""
         if position.places is None or position.num_parts == self._parts.num:

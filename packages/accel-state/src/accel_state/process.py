@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import time
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -21,7 +22,7 @@ from accel_state.topology import MeshShape, Topology
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["DistributedType", "Process", "ProcessSettings"]
+__all__ = ["DistributedType", "Process", "ProcessSettings", "close_group"]
 
 
 class DistributedType(str, Enum):
@@ -262,13 +263,22 @@ def _fresh(store: Store, world_size: int) -> Store:
     return dist.PrefixStore(f"accel/{turn}", store)  # type: ignore[attr-defined]
 
 
-def _let_go() -> None:
-    """Before the end of the process or of its group: let the backend's threads give up the last collectives' tensors.
+def close_group(group: dist.ProcessGroup) -> None:
+    """Give up a group that was made besides the world's own. Every rank of it must; nothing if the world has ended."""
+    if dist.is_initialized():
+        _let_go()
+        with contextlib.suppress(ValueError):  # it went with an earlier world
+            dist.destroy_process_group(group)
 
-    gloo does so a moment after the caller has gone on, and needs the interpreter for it. Seen with torch 2.13 in scripts
-    that keep a DDP model to their end: where the interpreter is ending by then, the thread is unwound through code that
-    cannot be, and the process aborts ("terminate called without an active exception") although all went well; and where
-    the model is let go of last, its group waits for the thread while the thread waits for the interpreter, for ever.
+
+def _let_go() -> None:
+    """Before the end of the process or of a group: let the backend's threads give up the last collectives' tensors.
+
+    gloo does so a moment after the caller has gone on, and needs the interpreter for it. Seen with torch 2.13 in
+    scripts that keep a DDP model to their end: where the interpreter is ending by then, the thread is unwound through
+    code that cannot be, and the process aborts ("terminate called without an active exception") although all went
+    well; and where the model is let go of last, its group waits for the thread while the thread waits for the
+    interpreter, for ever.
     """
     time.sleep(_LET_GO_S)
 

@@ -105,6 +105,9 @@ class StatefulLoader(Protocol[T_co]):
     def skip_first(self, num_batches: int) -> StatefulLoader[T_co]:
         """A loader over the same data whose next iteration leaves the first batches of the epoch out."""
 
+    def close(self) -> None:
+        """Give up what it shares with other ranks. Every rank must; it cannot be iterated afterwards."""
+
 
 @runtime_checkable
 class LossScaler(Protocol):

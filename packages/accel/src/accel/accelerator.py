@@ -414,11 +414,13 @@ class Accelerator(ProcessView):
         self.process.close()
 
     def free_memory(self, *objects: Any) -> list[None]:
-        """Let go of all that was prepared and of `objects`, and empty the device's cache.
+        """Let go of all that was prepared and of `objects`, and empty the device's cache. Every rank must call this.
 
         Returns one ``None`` an object: ``model, optimizer = accelerator.free_memory(model, optimizer)``.
         """
         self._engine.forget()
+        for loader in self._loaders:
+            loader.close()
         self._loaders.clear()
         return release_memory(*objects)
 
