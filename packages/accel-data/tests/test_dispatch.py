@@ -272,6 +272,7 @@ def lose(rank: int) -> Any:
                 if each.family in (socket.AF_INET, socket.AF_INET6):
                     each.getpeername()  # raises for one that only listens
                     each.shutdown(socket.SHUT_RDWR)
+        side.channel._finalizer.detach()  # or it would wait at its end for others to hear what it can send no more
         return None
     began = time.monotonic()
     problem = raised(iterator)

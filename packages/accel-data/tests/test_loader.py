@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -389,3 +391,46 @@ def test_augmentations_in_workers_differ_between_ranks_and_epochs_and_repeat_wit
     assert [draw(0), draw(1)] == first
     drawn = [each for rank in first for epoch in rank for each in epoch]
     assert len(set(drawn)) == len(drawn)
+
+
+class Dies:
+    """Kills the process that reads its last sample."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def message_of(loader: ShardedLoader) -> str:
+    try:
+        list(loader)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_worker_that_dies_is_told_from_a_dataset_that_fails() -> None:
+    loader = prepare_data_loader(
+        DataLoader(Dies(), batch_size=2, num_workers=1),  # type: ignore[arg-type]
+        topology=Topology(),
+        name="train loader",
+    )
+    message = message_of(loader)
+    gc.collect()  # torch's error and its frames hold each other, and the workers
+    assert message.startswith("A worker process of the train loader ended without an answer")
+    assert "use fewer workers or smaller batches" in message
+    assert loader.epoch == 0
+
+
+def test_a_closed_loader_is_not_read() -> None:
+    loader = sharded()
+    view = loader.skip_first(1)
+    loader.close()
+    loader.close()
+    for each in (loader, view):
+        with pytest.raises(ConfigError, match="was closed, as by `free_memory`, and then iterated"):
+            list(each)
