@@ -45,7 +45,9 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, float):
-        return math.copysign(1, first) == math.copysign(1, second) and (first == second or first != first)
+        if first != first:
+            return second != second  # the sign of NaN says nothing
+        return first == second and math.copysign(1, first) == math.copysign(1, second)
     if isinstance(first, dict):
         pairs = zip(first.items(), second.items(), strict=False)
         return len(first) == len(second) and all(same(a, c) and same(b, d) for (a, b), (c, d) in pairs)
