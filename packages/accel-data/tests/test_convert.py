@@ -20,7 +20,8 @@ PAIR = Topology(rank=1, world_size=2)
 
 
 def prepare(loader: Any, topology: Topology = PAIR, **config: Any) -> ShardedLoader:
-    return prepare_data_loader(loader, topology=topology, config=DataLoaderConfiguration(**config), name="train loader")
+    settings = DataLoaderConfiguration(**({"data_seed": 0} if topology.world_size > 1 else {}) | config)
+    return prepare_data_loader(loader, topology=topology, config=settings, name="train loader")
 
 
 def test_preparing_twice_shards_once() -> None:
@@ -36,7 +37,7 @@ def order_of(loader: ShardedLoader) -> list[int]:
 def test_the_seed_is_drawn_from_the_default_generator() -> None:
     def order(seed: int) -> list[int]:
         torch.manual_seed(seed)
-        return order_of(prepare(DataLoader(DATA, batch_size=2, shuffle=True)))
+        return order_of(prepare(DataLoader(DATA, batch_size=2, shuffle=True), Topology()))
 
     assert order(1) == order(1) != order(2)
 
@@ -45,7 +46,7 @@ def test_the_seed_is_drawn_from_the_loaders_generator() -> None:
     def order(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
         before = torch.get_rng_state()
-        loader = prepare(DataLoader(DATA, batch_size=2, shuffle=True, generator=generator))
+        loader = prepare(DataLoader(DATA, batch_size=2, shuffle=True, generator=generator), Topology())
         assert torch.equal(before, torch.get_rng_state())
         return order_of(loader)
 
@@ -55,7 +56,7 @@ def test_the_seed_is_drawn_from_the_loaders_generator() -> None:
 def test_the_generator_of_a_sampler_counts_where_the_loader_has_none() -> None:
     def order(seed: int) -> list[int]:
         sampler = RandomSampler(DATA, generator=torch.Generator().manual_seed(seed))
-        return order_of(prepare(DataLoader(DATA, batch_size=2, sampler=sampler)))
+        return order_of(prepare(DataLoader(DATA, batch_size=2, sampler=sampler), Topology()))
 
     assert order(1) == order(1) != order(2)
 

@@ -188,7 +188,7 @@ def test_persistent_workers_serve_one_iterator() -> None:
     outer = iter(loader)
     next(outer)
     assert len(ids(loader)) == 5
-    with pytest.raises(ConfigError, match=r"train loader was iterated again while.*use a second loader"):
+    with pytest.raises(ConfigError, match=r"train loader was iterated again, or moved by.*use a second loader"):
         next(outer)
 
 
@@ -255,7 +255,7 @@ def test_rewinding_past_a_loaded_state_is_refused() -> None:
     iterator = iter(loader)
     next(iterator)
     assert loader.state_dict(rewind=1)["cursor"] == 8
-    with pytest.raises(ConfigError, match="has handed out 1 batches since"):
+    with pytest.raises(ConfigError, match="has handed out fewer batches since"):
         loader.state_dict(rewind=2)
 
 
@@ -408,7 +408,7 @@ class Dies:
 def message_of(loader: ShardedLoader) -> str:
     try:
         list(loader)
-    except ConfigError as error:
+    except SampleError as error:
         return str(error)
     return ""
 

@@ -198,7 +198,7 @@ def test_an_iterable_says_once_that_it_reads_again(world: Any, counting: Any, ca
     assert len(collated) == 2 * 2 * 5
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
-    assert "at sample 20 of an iterable dataset" in messages[0]
+    assert "at sample 20 of the iterable dataset" in messages[0]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

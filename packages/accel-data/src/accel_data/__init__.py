@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from accel_data.configuration import DataLoaderConfiguration as DataLoaderConfiguration
     from accel_data.convert import is_loader as is_loader
     from accel_data.convert import prepare_data_loader as prepare_data_loader
-    from accel_data.convert import skip_first_batches as skip_first_batches
     from accel_data.loader import ShardedLoader as ShardedLoader
     from accel_data.order import PermutedOrder as PermutedOrder
     from accel_data.partition import GlobalBatches as GlobalBatches
     from accel_data.position import Position as Position
     from accel_data.reading import SampleError as SampleError
+    from accel_data.skipping import skip_first_batches as skip_first_batches
 
 _HOME = {
     "BatchGroups": "batches",
@@ -32,7 +32,7 @@ _HOME = {
     "ShardedLoader": "loader",
     "is_loader": "convert",
     "prepare_data_loader": "convert",
-    "skip_first_batches": "convert",
+    "skip_first_batches": "skipping",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -7,10 +7,11 @@ from typing import Any
 import torch.distributed as dist
 
 from accel_state.collectives import broadcast_object_list, gather_object
+from accel_state.errors import ConfigError
 from accel_state.process import Process
 from accel_state.topology import Topology
 
-__all__ = ["agree", "has_peers", "share"]
+__all__ = ["agree", "check_group", "has_peers", "share"]
 
 
 def agree(value: Any, topology: Topology) -> Any:
@@ -39,6 +40,20 @@ def share(value: Any, topology: Topology) -> list[Any]:
     values: list[Any] = [None] * topology.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def check_group(topology: Topology, purpose: str, otherwise: str, *, name: str) -> None:
+    """Check that ranks of a world of several can talk.
+
+    Raises:
+        ConfigError: where there is no process group of its size.
+    """
+    if topology.world_size > 1 and not has_peers(topology):
+        raise ConfigError(
+            f"The {name} was prepared for {topology.world_size} processes, and there is no process group of that size "
+            f"by which they could {purpose}. Call `init_process_group`, or create an `Accelerator`, before preparing "
+            f"loaders, {otherwise}."
+        )
 
 
 def has_peers(topology: Topology) -> bool:

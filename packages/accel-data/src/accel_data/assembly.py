@@ -19,11 +19,12 @@ from accel_data.partition import share_of, split_real_rows, split_rows
 from accel_data.parts import Parts
 from accel_data.position import PartPlace, WorkerPlace
 from accel_data.stream import Parcel
-from accel_state.errors import ConfigError
+from accel_state.errors import CollectiveError, ConfigError
 from accel_state.process import close_group
 
 __all__ = ["Assembly", "PartReader", "SizeExchange"]
 
+_FAILED = -1
 _Sizes = Callable[[], Sequence[int]]
 
 
@@ -66,30 +67,68 @@ class SizeExchange:
     """Tells all ranks how many samples each part gives in a step, without waiting for the answer.
 
     Every rank must make it, and call it in every step. It has a process group of its own on the host, so it neither
-    waits for an accelerator nor mixes with the collectives of the training.
+    waits for an accelerator nor mixes with the collectives of the training. Each size comes with the number of the
+    iteration and of the step that it belongs to, so loops that have parted are noticed.
 
     Args:
         parts: who reads which.
         speaks: whether this rank is the one that speaks for its part.
+        name: how the loader is called in errors.
     """
 
-    def __init__(self, parts: Parts, *, speaks: bool) -> None:
+    def __init__(self, parts: Parts, *, speaks: bool, name: str) -> None:
         self._parts = parts
         self._speaks = speaks
+        self._name = name
         self._group = dist.new_group(backend="gloo")
+        self._iteration = 0
+        self._step = 0
+
+    def begin(self) -> None:
+        """A new iteration."""
+        self._iteration, self._step = self._iteration + 1, 0
 
     def __call__(self, size: int) -> _Sizes:
-        """Start telling; the result waits and gives the sizes of all parts."""
-        sizes = torch.zeros(self._parts.num, dtype=torch.int64)
+        """Start telling; the result waits and gives the sizes of all parts.
+
+        Args:
+            size: samples of this rank's part; `_FAILED` if it could not be read.
+        """
+        self._step += 1
+        own = torch.tensor([size, self._iteration, self._step], device="cpu")
+        told = torch.zeros(self._parts.num, 3, dtype=torch.int64, device="cpu")
         if self._speaks:
-            sizes[self._parts.own] = size
-        work: Any = dist.all_reduce(sizes, group=self._group, async_op=True)
+            told[self._parts.own] = own
+        work: Any = dist.all_reduce(told, group=self._group, async_op=True)
 
         def wait() -> Sequence[int]:
-            work.wait()
-            return sizes.tolist()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise CollectiveError(
+                    f"Data rank {self._parts.rank} waited to hear how much the other parts of the {self._name} give, "
+                    f"and lost the connection ({error}). A process has ended, and cannot be gone on without: look for "
+                    f"the first error of the others."
+                ) from error
+            self._check(told, own)
+            return told[:, 0].tolist()
 
         return wait
+
+    def _check(self, told: torch.Tensor, own: torch.Tensor) -> None:
+        failed = (told[:, 0] == _FAILED).nonzero().flatten().tolist()
+        if failed and own[0] != _FAILED:
+            raise CollectiveError(
+                f"Part {failed[0]} of the {self._name} could not be read by its rank, so no step can be made of what "
+                f"the others have. That rank tells why: mend the data, and go on from the last checkpoint."
+            )
+        if not failed and not (told[:, 1:] == own[1:]).all():
+            places = ", ".join(f"{iteration}.{step}" for iteration, step in told[:, 1:].tolist())
+            raise CollectiveError(
+                f"The ranks that read the parts of the {self._name} are at different places: iteration.step "
+                f"{places}. Their loops were left at different batches, so nothing that follows would fit together. "
+                f"Leave them at the same one on every rank."
+            )
 
     def close(self) -> None:
         """Give up the group. Every rank should, between iterations."""
@@ -153,6 +192,8 @@ class Assembly:
 
     def steps(self) -> Iterator[tuple[Any, Note]]:
         """Batches with what is known of their step; ``None`` for one in which this rank has no part."""
+        if self._exchange is not None:
+            self._exchange.begin()
         pulled = deque(self._pull() for _ in range(2 if self._exchange is None else 3))
         sizes = pulled[0][1]()
         step = 0
@@ -170,7 +211,12 @@ class Assembly:
             pulled.append(self._pull())
 
     def _pull(self) -> tuple[dict[int, Parcel | None], _Sizes, dict[int, PartPlace]]:
-        parcels = {part: reader.next() for part, reader in self._readers.items()}
+        try:
+            parcels = {part: reader.next() for part, reader in self._readers.items()}
+        except Exception:
+            if self._exchange is not None:
+                self._exchange(_FAILED)
+            raise
         places = {part: reader.place for part, reader in self._readers.items()}
         own = {part: 0 if parcel is None else parcel.size for part, parcel in parcels.items()}
         if self._exchange is not None:
@@ -220,7 +266,7 @@ class Assembly:
             repeated = samples or self._readers[parts.own].first
             if not repeated:
                 raise ConfigError(
-                    f"Part {parts.own} of the stream gave no sample at all while others did, so data rank "
+                    f"Part {parts.own} of the stream gave no sample to repeat while others go on, so data rank "
                     f"{self._rank} has nothing to fill its batches with. Divide the data more evenly, set "
                     f'`even_batches=False`, or use `sharding="index"`.'
                 )

@@ -37,7 +37,7 @@ class Collation:
 
     def __call__(self, rows: Any) -> Any:
         """Collate rows that know their seed, if they do."""
-        return self.seeded(rows, rows.seed) if isinstance(rows, TicketedRows) else self._collate(rows)
+        return self.seeded(list(rows), rows.seed) if isinstance(rows, TicketedRows) else self._collate(rows)
 
     def seeded(self, rows: Any, seed: int) -> Any:
         """Collate rows under a seed.

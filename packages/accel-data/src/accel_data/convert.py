@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe
 
-from accel_data.agreement import agree, has_peers, share
+from accel_data.agreement import agree, check_group, has_peers, share
 from accel_data.assembly import SizeExchange
 from accel_data.collation import Collation
 from accel_data.configuration import DataLoaderConfiguration
@@ -20,15 +19,15 @@ from accel_data.prefetch import pin_wanted
 from accel_data.randomness import draw_seed
 from accel_data.reading import SampleReader, WorkerInit, draws_nothing
 from accel_data.sampler import ShardedBatchSampler
-from accel_data.sharding import check_alike, divide, divided_sampler, parts_of, refuse_sharded
+from accel_data.sharding import check_alike, divide, divided_sampler, outline, parts_of, refuse_sharded
 from accel_data.source import BatchSource, Feed, PartedSource, SampleSource, Source
 from accel_data.stream import PartStream, hand_over
 from accel_data.stream_source import StreamSource
-from accel_data.user_sampler import own_batch_sampler, recognise
+from accel_data.user_sampler import own_batch_sampler, recognise, sampler_of
 from accel_state.errors import ConfigError
 from accel_state.topology import Topology
 
-__all__ = ["is_loader", "prepare_data_loader", "skip_first_batches"]
+__all__ = ["AnyLoader", "is_loader", "prepare_data_loader", "rebuilt"]
 
 AnyLoader: TypeAlias = "ShardedLoader | DataLoader[Any]"
 
@@ -40,7 +39,8 @@ def is_loader(each: object) -> bool:
     """
     if isinstance(each, (DataLoader, ShardedLoader)):
         return True
-    return all(callable(getattr(each, name, None)) for name in ("__iter__", "state_dict", "load_state_dict"))
+    names = ("__iter__", "state_dict", "load_state_dict")
+    return not isinstance(each, torch.nn.Module) and all(callable(getattr(each, name, None)) for name in names)
 
 
 def prepare_data_loader(
@@ -78,6 +78,8 @@ def prepare_data_loader(
     source = make(given, topology, device, config, name)
     seed = config.data_seed
     if seed is None:
+        if source.key().kind != "sequential":
+            check_group(topology, "agree on the seed of the order", "or give a `data_seed`", name=name)
         seed = agree(draw_seed(given.generator or getattr(given.sampler, "generator", None)), topology)
     return ShardedLoader(
         source,
@@ -88,45 +90,6 @@ def prepare_data_loader(
         data_world_size=topology.data_world_size,
         name=name,
     )
-
-
-def skip_first_batches(loader: AnyLoader, num_batches: int = 0) -> AnyLoader:
-    """A loader whose next iteration leaves the first batches of the epoch out, without fetching them.
-
-    A `ShardedLoader` gives one that shares its place (see `ShardedLoader.skip_first`). A plain DataLoader gives
-    a plain one with the same sampler; over an iterable dataset, one that reads up to there without collating.
-
-    Raises:
-        ConfigError: if `num_batches` is no count, or `loader` is no DataLoader.
-    """
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        if not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 0:
-            raise ConfigError(
-                f"`num_batches={num_batches!r}` was given to skip, which is no number of batches. "
-                f"Give an integer of at least 0."
-            )
-        indices = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        skipping = _SkipFirst(indices, num_batches)
-        plain = DataLoaderConfiguration()
-        if loader.batch_sampler is None:
-            return _rebuilt(loader, None, plain, sampler=skipping, batch_size=None, generator=loader.generator)
-        return _rebuilt(loader, None, plain, batch_sampler=skipping, generator=loader.generator)
-    return prepare_data_loader(loader, topology=Topology()).skip_first(num_batches)
-
-
-class _SkipFirst(Sampler[Any]):
-    """What a sampler gives, but for the first items of the first iteration."""
-
-    def __init__(self, sampler: Any, num_items: int) -> None:
-        self._sampler = sampler
-        self._num_items = num_items
-
-    def __iter__(self) -> Iterator[Any]:
-        skip, self._num_items = self._num_items, 0
-        return islice(iter(self._sampler), skip, None)
-
-    def __len__(self) -> int:
-        return max(0, len(self._sampler) - self._num_items)
 
 
 class _Batches(IterableDataset[Any]):
@@ -157,6 +120,18 @@ def _check(loader: object, topology: Topology, name: str) -> None:
             f"The {name} was built with `in_order=False`, so which batch comes when depends on the speed of its "
             f"workers, and neither padding nor a place in the epoch can be told. Build it with `in_order=True`."
         )
+    kind = type(loader)
+    if kind.__iter__ is not DataLoader.__iter__ and not kind.__module__.startswith("torchdata."):
+        raise ConfigError(
+            f"The {name} is a `{kind.__name__}`, which iterates in a way of its own, and the loader made of it would "
+            f"leave that out. Give a plain `DataLoader`, and do what it does in the dataset or in `collate_fn`."
+        )
+    if isinstance(loader.dataset, IterDataPipe) and loader.num_workers:
+        raise ConfigError(
+            f"The {name} reads an `IterDataPipe` in {loader.num_workers} workers, which torch divides among them in "
+            f"a way that is not known here, so samples would come twice. Set `num_workers=0`, or give an "
+            f"`IterableDataset` that divides itself by `get_worker_info()`."
+        )
     if getattr(loader, "next_iter_state", None) is not None:
         raise ConfigError(
             f"The {name} was given with a state loaded into it, and the loader made of it would begin elsewhere. "
@@ -164,7 +139,7 @@ def _check(loader: object, topology: Topology, name: str) -> None:
         )
     if isinstance(loader.dataset, IterableDataset):
         return
-    indices = loader.batch_sampler if own_batch_sampler(loader) else _sampler_of(loader)
+    indices = loader.batch_sampler if own_batch_sampler(loader) else sampler_of(loader)
     for what, each in (("dataset", loader.dataset), ("sampler", indices)):
         if not hasattr(each, "__len__"):
             raise ConfigError(
@@ -173,14 +148,10 @@ def _check(loader: object, topology: Topology, name: str) -> None:
             )
 
 
-def _sampler_of(loader: DataLoader[Any]) -> Any:
-    batch_sampler = loader.batch_sampler
-    return batch_sampler.sampler if isinstance(batch_sampler, BatchSampler) else loader.sampler
-
-
-def _dealt(topology: Topology, config: DataLoaderConfiguration) -> DispatchedSteps | None:
-    if not config.dispatch_batches or not has_peers(topology):
+def _dealt(topology: Topology, config: DataLoaderConfiguration, name: str) -> DispatchedSteps | None:
+    if not config.dispatch_batches or topology.world_size == 1:
         return None
+    check_group(topology, "hand out what rank 0 reads", "or leave `dispatch_batches` out", name=name)
     return DispatchedSteps(TreeChannel(topology), topology)
 
 
@@ -193,6 +164,7 @@ def _map_source(
 ) -> Source:
     parts = parts_of(loader.dataset, topology, config, name=name)
     single = loader.batch_size is None and loader.batch_sampler is None
+    _check_split(single, config, name)
     collation = Collation(loader.collate_fn)
     ticketed = not (draws_nothing(loader.dataset) and collation.draws_nothing)
     batch_sampler = ShardedBatchSampler()
@@ -205,11 +177,12 @@ def _map_source(
         changes["collate_fn"] = collation if keeps else loader.collate_fn
         changes["worker_init_fn"] = WorkerInit(loader.worker_init_fn) if loader.num_workers else None
     changes |= {"sampler": batch_sampler, "batch_size": None} if single else {"batch_sampler": batch_sampler}
-    inner = _rebuilt(loader, device, config, **changes)
-    dealt = _dealt(topology, config)
+    inner = rebuilt(loader, device, config, **changes)
+    dealt = _dealt(topology, config, name)
     feed = Feed(inner, batch_sampler, ticketed=ticketed, single=single, topology=topology, dealt=dealt)
     kind = recognise(loader, seedable=config.use_seedable_sampler)
     if kind == "batch_sampler":
+        _check_batches(parts, config, name)
         return BatchSource(
             feed,
             user_sampler=loader.batch_sampler,
@@ -229,23 +202,37 @@ def _map_source(
         "topology": topology,
         "name": name,
     }
-    sampler = _sampler_of(loader)
+    sampler = sampler_of(loader)
     if parts.num == 1 and config.sharding != "given":
-        _check_lengths(sampler, topology, name)
+        _check_alike(sampler, loader.dataset, topology, name)
         return SampleSource(feed, sampler=sampler, **settings)
     sampler = divided_sampler(sampler, dataset, kind, config, name=name)
     lengths = _lengths(len(sampler), loader.dataset, parts, topology, config, name)
     return PartedSource(feed, sampler=sampler, lengths=lengths, parts=parts, **settings)
 
 
-def _check_lengths(sampler: Any, topology: Topology, name: str) -> None:
-    lengths = share(len(sampler), topology)
-    if len(set(lengths)) > 1:
+def _check_batches(parts: Parts, config: DataLoaderConfiguration, name: str) -> None:
+    if parts.num > 1 or config.sharding == "given":
         raise ConfigError(
-            f"The {name} has {', '.join(map(str, lengths))} samples on ranks 0 to {len(lengths) - 1}: ranks that see "
-            f"other data cannot cut one order among them. Give every rank the same dataset, or say with "
-            f'`sharding="given"` that each has its own part.'
+            f"The {name} has a batch sampler of its own, whose batches are of the whole dataset, and `sharding="
+            f"{config.sharding!r}` keeps or makes parts of it: how long the batches of other parts are could not be "
+            f'told. Use `sharding="index"` with a batch sampler that knows nothing of ranks, or leave the loader '
+            f"unprepared."
         )
+
+
+def _check_alike(sampler: Any, dataset: Any, topology: Topology, name: str) -> None:
+    """Check that ranks which cut one dataset among them have the same one, as far as that can be told for free."""
+    given = share((len(sampler), outline(dataset)), topology)
+    if len(set(given)) == 1:
+        return
+    lengths = [length for length, _ in given]
+    what = f"{', '.join(map(str, lengths))} samples" if len(set(lengths)) > 1 else "other samples"
+    raise ConfigError(
+        f"The {name} has {what} on ranks 0 to {len(lengths) - 1}: ranks that see other data cannot cut one order among "
+        f"them. Give every rank the same dataset, or say with "
+        f'`sharding="given"` that each has its own part.'
+    )
 
 
 def _lengths(
@@ -277,6 +264,7 @@ def _stream_source(
     dataset: Any = loader.dataset
     size = loader.batch_size
     single = size is None
+    _check_split(single, config, name)
     batch_size = 1 if size is None else _rank_batch_size(size, topology, config, name)
     parts = parts_of(dataset, topology, config, name=name)
     if config.sharding != "given":
@@ -285,7 +273,7 @@ def _stream_source(
     speaks = topology.rank == min(_ranks_reading(topology, parts)) if several else True
 
     def build(stream: PartStream) -> DataLoader[Any]:
-        return _rebuilt(
+        return rebuilt(
             loader,
             device,
             config,
@@ -305,11 +293,12 @@ def _stream_source(
         drop_last=loader.drop_last,
         even=config.even_batches,
         stateful=config.use_stateful_dataloader,
-        exchange=SizeExchange(parts, speaks=speaks) if several else None,
-        dealt=_dealt(topology, config),
+        exchange=SizeExchange(parts, speaks=speaks, name=name) if several else None,
+        dealt=_dealt(topology, config, name),
         topology=topology,
         num_workers=loader.num_workers,
         persistent=loader.persistent_workers,
+        fixed=config.sharding == "given",
         name=name,
     )
 
@@ -319,6 +308,15 @@ def _ranks_reading(topology: Topology, parts: Parts) -> Iterator[int]:
     for rank in range(topology.world_size):
         if parts.part_of[topology.at(rank).data_rank] == parts.own:
             yield rank
+
+
+def _check_split(single: bool, config: DataLoaderConfiguration, name: str) -> None:
+    if single and config.split_batches:
+        raise ConfigError(
+            f"The {name} was built with `batch_size=None`, so its dataset makes batches, and `split_batches=True` asks "
+            f"to divide them among the ranks: how is not known. Build it with a `batch_size`, or leave "
+            f"`split_batches` out, to give each rank whole batches."
+        )
 
 
 def _rank_batch_size(given: int, topology: Topology, config: DataLoaderConfiguration, name: str) -> int:
@@ -336,7 +334,7 @@ def _rank_batch_size(given: int, topology: Topology, config: DataLoaderConfigura
     return given // world
 
 
-def _rebuilt(
+def rebuilt(
     loader: DataLoader[Any], device: torch.device | None, config: DataLoaderConfiguration, **changes: Any
 ) -> DataLoader[Any]:
     """A loader with the workers and collation of another, pinned where that lets copies overlap."""

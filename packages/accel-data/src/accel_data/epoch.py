@@ -8,15 +8,17 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from accel_data.position import Position
+from accel_data.reading import SampleError
 from accel_data.sampler import EpochPlan
 from accel_state.protocols import BatchInfo
 
-__all__ = ["EpochRun", "Note", "PlannedRun", "Step", "StreamRun"]
+__all__ = ["MAX_NOTES", "EpochRun", "Note", "PlannedRun", "Step", "StreamRun"]
 
 Step = tuple[Any, Any]
 """A batch of this rank, ``None`` where it has no part in a step, and what its run has to count it by."""
 
-_MAX_NOTES = 4096
+MAX_NOTES = 512
+"""Steps of a stream whose places are kept, for going back: each may hold a state of the dataset."""
 
 
 class EpochRun(Protocol):
@@ -39,12 +41,17 @@ class EpochRun(Protocol):
     def num_done(self) -> int:
         """Global batches handed out in this run."""
 
+    def release(self) -> None:
+        """It is over: keep what `position` needs, and nothing that data is read by."""
+
 
 class PlannedRun:
     """A run over data whose order is known beforehand."""
 
-    def __init__(self, start: Position, plan: EpochPlan, batches: Iterable[Any]) -> None:
+    def __init__(self, start: Position, plan: EpochPlan, batches: Iterable[Any], *, rank: int, name: str) -> None:
         self.start = start
+        self._rank = rank
+        self._name = name
         self._plan = plan
         self._batches = batches
         self._done = 0
@@ -55,8 +62,23 @@ class PlannedRun:
 
     def steps(self) -> Iterator[Step]:
         """The batches of the underlying loader as they are."""
-        for batch in self._batches:
-            yield batch, None
+        batches, number = self._batches, 0
+        try:
+            for number, batch in enumerate(batches, 1):  # noqa: B007 - how many there were is asked below
+                yield batch, None
+            if any(self._plan.rows(step)[self._rank] for step in range(number, self._num_batches)):
+                raise SampleError(
+                    f"The {self._name} was to give {self._num_batches} batches on data rank {self._rank}, and ended "
+                    f"after {number}: `collate_fn` or what it calls raised StopIteration, which ends a loop without a "
+                    f"word. Raise another error there, or none."
+                )
+        finally:
+            close(batches)
+
+    def release(self) -> None:
+        """Let go of the underlying loader's iterator and of the order."""
+        self._batches = ()
+        self._plan.release()
 
     def advance(self, note: Any) -> None:
         """Count one batch."""
@@ -108,13 +130,17 @@ class StreamRun:
         self.start = start
         self._steps = steps
         self._may_pad = may_pad
-        self._notes: deque[Note] = deque(maxlen=_MAX_NOTES)
+        self._notes: deque[Note] = deque(maxlen=MAX_NOTES)
         self._done = 0
         self._cursor = start.cursor
 
     def steps(self) -> Iterable[Step]:
         """This rank's batches."""
         return self._steps
+
+    def release(self) -> None:
+        """Let go of what reads the stream."""
+        self._steps = ()
 
     def advance(self, note: Note) -> None:
         """Count one step, also where this rank has no part in it."""
@@ -154,3 +180,10 @@ class StreamRun:
             places=self._notes[-1 - rewind].places,
             num_parts=self._notes[-1 - rewind].num_parts,
         )
+
+
+def close(source: Any) -> None:
+    """Close a generator now, so that what it reads from is let go of before anything else begins."""
+    found = getattr(source, "close", None)
+    if found is not None:
+        found()

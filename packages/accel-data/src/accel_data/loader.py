@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from accel_data.epoch import EpochRun, Step
+from accel_data.epoch import MAX_NOTES, EpochRun, Step, close
 from accel_data.position import Position, read_position, write_position
 from accel_data.prefetch import SideStream, moves, overlapped, side_stream
+from accel_data.reading import SampleError
 from accel_data.source import Source
 from accel_state.errors import ConfigError
 from accel_state.protocols import BatchInfo, LoaderObserver
 
-__all__ = ["ShardedLoader"]
+__all__ = ["ShardedLoader", "check_count"]
 
 
 @dataclass(slots=True)
@@ -28,7 +29,7 @@ class _Progress:
     run: EpochRun | None = None
     """The iteration in progress; of several, the one that was started last."""
     finished: EpochRun | None = None
-    """The last iteration if it came to its end, and nothing was set or started since."""
+    """The last iteration, ended or given up, if nothing was set or started since."""
     closed: bool = False
     """Whether the loader was given up."""
 
@@ -147,12 +148,14 @@ class ShardedLoader:
             self._move(Position(seed=self.seed, epoch=epoch))
 
     def __len__(self) -> int:
-        """Batches this rank receives in a whole epoch.
+        """Batches this rank receives in a whole epoch, less those that are still to be skipped.
 
         Raises:
             TypeError: for an iterable dataset without a length, as any DataLoader does.
         """
         num = self._source.num_local_batches()
+        if num is not None:
+            num = max(0, num - self._skip)
         if num is None:
             raise TypeError(
                 f"The dataset of the {self.name} is an iterable without `__len__`, so its batches cannot be counted. "
@@ -167,14 +170,13 @@ class ShardedLoader:
         where rank 0 deals.
 
         Raises:
-            SampleError: if the dataset fails to give a sample.
-            ConfigError: if a worker process died, or this iterator's workers serve a newer one.
+            SampleError: if the dataset fails to give a sample, or a worker process died.
+            ConfigError: if this iterator's workers serve a newer one.
         """
         run = self._begin()
         observer, progress, shared = self.observer, self._progress, self.persistent_workers
         told = self if self._origin is None else self._origin
         steps = iter(self._moved(run.steps()))
-        gave_up = True
         try:
             if observer is not None:
                 observer.loader_started(told)
@@ -197,10 +199,9 @@ class ShardedLoader:
                 yield batch
                 if shared and progress.run is not run:
                     raise self._overtaken()
-            gave_up = False
         finally:
-            self._stop(run, run.start.next_epoch(), finished=not gave_up)
-            _close(steps)
+            self._stop(run, run.start.next_epoch())
+            close(steps)
             if observer is not None:
                 observer.loader_ended(told)
 
@@ -221,15 +222,16 @@ class ShardedLoader:
         position: Position | None = progress.position if rewind == 0 and progress.run is None else None
         left = rewind
         for run in runs if position is None else ():
-            position = run.position(left) if left or run is progress.run else None
-            if position is not None:
-                break
+            if left <= run.num_done():
+                position = run.position(left) if left or run is progress.run else None
+                if position is not None or left < run.num_done():
+                    break
             left -= run.num_done()
         if position is None:
             raise ConfigError(
-                f"`state_dict(rewind={rewind})` was called on the {self.name}, which has handed out "
-                f"{rewind - left} batches since it was made, loaded or moved: there is no place further back. "
-                f"Give a number of batches that were handed out."
+                f"`state_dict(rewind={rewind})` was called on the {self.name}, which has handed out fewer batches "
+                f"since it was made, loaded or moved, or keeps places of a stream for {MAX_NOTES} batches only: there "
+                f"is no place so far back. Save after fewer batches, such as in a smaller accumulation window."
             )
         return write_position(self._source.whole(position), self._source.key())
 
@@ -257,11 +259,7 @@ class ShardedLoader:
         Raises:
             ConfigError: if `num_batches` is no count.
         """
-        if not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 0:
-            raise ConfigError(
-                f"`num_batches={num_batches!r}` was given to skip in the {self.name}, which is no number of batches. "
-                f"Give an integer of at least 0."
-            )
+        check_count(num_batches, self.name)
         view = copy.copy(self)
         view._skip = num_batches
         view._origin = self if self._origin is None else self._origin
@@ -279,18 +277,19 @@ class ShardedLoader:
             )
         # The iterator that was in progress goes on by itself, but the place is that of the newest.
         position = progress.position if progress.run is None else progress.run.start.next_epoch()
-        skip, self._skip = self._skip, 0
         previous = progress.finished if progress.run is None else None
-        run = self._source.begin(position, skip=skip)
+        run = self._source.begin(position, skip=self._skip)
+        self._skip = 0
         progress.run, progress.finished = run, previous
         return run
 
-    def _stop(self, run: EpochRun, position: Position | None, *, finished: bool = False) -> None:
+    def _stop(self, run: EpochRun, position: Position | None) -> None:
         progress = self._progress
         if progress.run is not run or position is None:
             return
         progress.run, progress.position = None, position
-        progress.finished = run if finished else None
+        progress.finished = run
+        run.release()
 
     def _move(self, position: Position) -> None:
         progress = self._progress
@@ -308,7 +307,7 @@ class ShardedLoader:
     def _explain(self, error: BaseException) -> None:
         """Raise in place of what torch says of a worker that died."""
         if type(error) is RuntimeError and str(error).startswith("DataLoader worker"):
-            raise ConfigError(
+            raise SampleError(
                 f"A worker process of the {self.name} ended without an answer ({error}), so its batches are lost. "
                 f"Most often the system has killed it for want of memory, or of shared memory (/dev/shm): use fewer "
                 f"workers or smaller batches, or set `num_workers=0` to see what the dataset does."
@@ -316,14 +315,20 @@ class ShardedLoader:
 
     def _overtaken(self) -> ConfigError:
         return ConfigError(
-            f"The {self.name} was iterated again while an iteration of it was in progress, and with "
-            f"`persistent_workers=True` its workers serve one iterator only: the first one has lost its batches. "
-            f"Set `persistent_workers=False`, or use a second loader for the inner loop."
+            f"The {self.name} was iterated again, or moved by `set_epoch` or `load_state_dict`, while an iteration of "
+            f"it was in progress, and with `persistent_workers=True` its workers serve one iterator only: this one has "
+            f"lost its batches. Set `persistent_workers=False`, or use a second loader for the inner loop."
         )
 
 
-def _close(steps: Any) -> None:
-    """Close a generator now, so that what it reads from is let go of before anything else begins."""
-    close = getattr(steps, "close", None)
-    if close is not None:
-        close()
+def check_count(num_batches: object, name: str) -> None:
+    """Check how many batches are to be skipped.
+
+    Raises:
+        ConfigError: if it is no count.
+    """
+    if not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 0:
+        raise ConfigError(
+            f"`num_batches={num_batches!r}` was given to skip in the {name}, which is no number of batches. "
+            f"Give an integer of at least 0."
+        )

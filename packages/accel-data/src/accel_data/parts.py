@@ -6,8 +6,9 @@ other, which is also the order of the data ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from accel_data.partition import share_of, split_real_rows
 from accel_state.errors import ConfigError
@@ -24,6 +25,12 @@ class Parts:
     """Part of each data rank; parts are counted from 0 in order of rank, and ranks of one part are neighbours."""
     rank: int
     """This data rank."""
+    members: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Number of data ranks that read each part."""
+
+    def __post_init__(self) -> None:
+        counts = Counter(self.part_of)
+        object.__setattr__(self, "members", tuple(counts[part] for part in range(self.num)))
 
     @property
     def num(self) -> int:
@@ -34,11 +41,6 @@ class Parts:
     def own(self) -> int:
         """Part that this rank reads."""
         return self.part_of[self.rank]
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """Number of data ranks that read each part."""
-        return tuple(self.part_of.count(part) for part in range(self.num))
 
     @property
     def index(self) -> int:
@@ -126,6 +128,8 @@ class PartedBatches:
 
     def rows(self, step: int) -> tuple[int, ...]:
         """Rows of each data rank in `step`, padding included."""
+        if step < self.num_full:
+            return (self.batch_size,) * self._parts.world
         real = self.real_rows(step)
         return (max(real),) * len(real) if self._even else real
 

@@ -58,7 +58,7 @@ class TicketedRows(list[Any]):
 
     def __init__(self, samples: Sequence[Any], ticket: Ticket) -> None:
         super().__init__(samples)
-        self.seed = collating_seed(ticket.seed, ticket.positions[0])
+        self.seed = collating_seed(ticket.seed, ticket.positions[0] if ticket.positions else 0)
 
 
 class SampleReader(Dataset[Any]):
@@ -114,7 +114,8 @@ class SampleReader(Dataset[Any]):
             SampleError: if the dataset raises; names the sample, the rank and the loader.
         """
         samples = self._read(ticket)
-        return TicketedRows(samples, ticket) if self._keeps_ticket else samples
+        # A dataset may make a batch by itself, which is no list of rows.
+        return TicketedRows(samples, ticket) if self._keeps_ticket and isinstance(samples, list) else samples
 
     def _read(self, ticket: Ticket) -> list[Any]:
         if not self._generators:

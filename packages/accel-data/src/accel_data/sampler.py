@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Sampler
 
 from accel_data.batches import BatchGroups
-from accel_data.order import EpochOrder
+from accel_data.order import EpochOrder, SequentialOrder
 from accel_data.partition import GlobalBatches
 from accel_data.parts import PartedBatches, Parts
 from accel_data.position import Position
@@ -41,6 +41,10 @@ class EpochPlan(Protocol):
 
     @property
     def may_pad(self) -> bool: ...
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a rank may get no rows in a step and some in a later one."""
+
     def rows(self, step: int) -> tuple[int, ...]: ...
     def real_rows(self, step: int) -> tuple[int, ...]: ...
     def after(self, start: Position, num_batches: int) -> Position:
@@ -49,17 +53,21 @@ class EpochPlan(Protocol):
     def batches(self, rank: int) -> Iterator[Rows]:
         """Of a data rank, one a batch that it gets."""
 
+    def release(self) -> None:
+        """Let go of the order, where that takes memory. Only `after` and the numbers are asked for from then on."""
+
 
 class SamplePlan:
     """Samples of an epoch's order from position `offset` on."""
 
     def __init__(self, order: EpochOrder, batches: GlobalBatches, *, offset: int) -> None:
-        self._order = order
+        self._order: EpochOrder = order
         self._batches = batches
         self._offset = offset
         self.num_batches = batches.num_batches
         self.num_full = batches.num_full
         self.may_pad = batches.may_pad
+        self.has_gaps = False
         self.rows = batches.rows
         self.real_rows = batches.real_rows
 
@@ -77,7 +85,11 @@ class SamplePlan:
         if batches.last_size:
             positions = [each + self._offset for each in batches.share(batches.num_full, rank).positions]
             if positions:
-                yield Rows(positions, self._order.at(torch.tensor(positions)))
+                yield Rows(positions, self._order.at(torch.tensor(positions, device="cpu")))
+
+    def release(self) -> None:
+        """Let go of the order."""
+        self._order = SequentialOrder(0)
 
 
 class PartedPlan:
@@ -90,12 +102,13 @@ class PartedPlan:
     """
 
     def __init__(self, order: EpochOrder, batches: PartedBatches, parts: Parts) -> None:
-        self._order = order
+        self._order: EpochOrder = order
         self._batches = batches
         self._parts = parts
         self.num_batches = batches.num_batches
         self.num_full = batches.num_full
         self.may_pad = batches.may_pad
+        self.has_gaps = False
         self.rows = batches.rows
         self.real_rows = batches.real_rows
 
@@ -120,7 +133,11 @@ class PartedPlan:
         for number in range(self.num_full, self.num_batches):
             positions = self._batches.positions(number)
             if positions:
-                yield Rows(positions, self._order.at(torch.tensor(positions)))
+                yield Rows(positions, self._order.at(torch.tensor(positions, device="cpu")))
+
+    def release(self) -> None:
+        """Let go of the order."""
+        self._order = SequentialOrder(0)
 
 
 class BatchPlan:
@@ -135,11 +152,13 @@ class BatchPlan:
     """
 
     def __init__(self, batches: Sequence[Sequence[Any]], *, offset: int, world: int, even: bool, split: bool) -> None:
+        batches = [batch if isinstance(batch, (list, tuple)) else list(batch) for batch in batches]
         self._groups = BatchGroups(batches[offset:], world=world, even=even, split=split)
         self._starts = list(accumulate((len(batch) for batch in batches), initial=0))[offset:]
         self.num_batches = self._groups.num_batches
         self.num_full = 0
         self.may_pad = self._groups.may_pad
+        self.has_gaps = split and not even
         self.rows = self._groups.rows
         self.real_rows = self._groups.real_rows
 
@@ -158,18 +177,22 @@ class BatchPlan:
                 start, batch = self._starts[number], self._groups.batch(number)
                 yield Rows([start + row for row in rows], [batch[row] for row in rows])
 
+    def release(self) -> None:
+        """Nothing: where it stands is counted in the sampler's batches."""
+
 
 def _full(order: EpochOrder, first: int, size: int, *, step: int, num: int) -> Iterator[Rows]:
     """Batches of `size` neighbours, the first at position `first`, each `step` after the one before.
 
     Positions are turned into samples many batches at a time.
     """
-    row = torch.arange(size)
+    row = torch.arange(size, device="cpu")
     done, chunk = 0, _FIRST_CHUNK
     while done < num:
         count = min(num - done, max(1, chunk // size))
         position = first + done * step
-        samples = order.at((torch.arange(count) * step + position).unsqueeze(1) + row)  # (count, size), then flat
+        firsts = torch.arange(count, device="cpu") * step + position
+        samples = order.at(firsts.unsqueeze(1) + row)  # (count, size), then flat
         for start in range(0, count * size, size):
             yield Rows(range(position, position + size), samples[start : start + size])
             position += step

@@ -9,14 +9,14 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from accel_data.agreement import share
 from accel_data.configuration import DataLoaderConfiguration
-from accel_data.hugging_face import is_streaming, shuffle_state, split, split_among
+from accel_data.hugging_face import first_and_last_row, is_streaming, shuffle_state, split, split_among
 from accel_data.parts import Parts, one_part, part_a_node, part_a_rank
 from accel_data.position import OrderKind
 from accel_data.user_sampler import aware_of_ranks, num_parts_of
 from accel_state.errors import ConfigError
 from accel_state.topology import Topology
 
-__all__ = ["check_alike", "divide", "divided_sampler", "parts_of", "refuse_sharded"]
+__all__ = ["check_alike", "divide", "divided_sampler", "outline", "parts_of", "refuse_sharded"]
 
 
 def refuse_sharded(loader: DataLoader[Any], topology: Topology, config: DataLoaderConfiguration, *, name: str) -> None:
@@ -102,7 +102,7 @@ def divided_sampler(sampler: Any, dataset: Any, kind: OrderKind, config: DataLoa
         return sampler
     if kind != "sampler":
         return SequentialSampler(dataset)
-    if type(sampler) is RandomSampler:
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
         return RandomSampler(dataset)
     raise ConfigError(
         f"The {name} has a `{type(sampler).__name__}`, which orders the whole dataset, and `sharding="
@@ -123,6 +123,15 @@ def check_alike(dataset: Any, topology: Topology, *, name: str) -> None:
             f"The dataset of the {name} was shuffled without a seed, so every rank would read it in an order of its "
             f"own, some samples twice and some never. Give the seed: `dataset.shuffle(seed=...)`."
         )
+
+
+def outline(dataset: Any) -> str | None:
+    """What tells parts of a map-style dataset from each other without reading a sample; ``None`` where nothing does."""
+    if isinstance(dataset, Subset):
+        indices = dataset.indices
+        ends = (indices[0], indices[-1]) if len(indices) else ()
+        return f"{len(indices)} {ends} of {outline(dataset.dataset)}"
+    return first_and_last_row(dataset)
 
 
 def _divides(dataset: Any, num_parts: int) -> bool:

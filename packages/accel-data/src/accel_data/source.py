@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from accel_data.agreement import has_peers, share
 from accel_data.batches import num_groups
 from accel_data.dispatch import DispatchedSteps
 from accel_data.epoch import EpochRun, PlannedRun
@@ -99,16 +100,21 @@ class Feed:
         seed = augmentation_seed(derive_seed(position.seed, part) if part else position.seed, position.epoch)
         if dealt is None:
             self._batch_sampler.draw(self._draws(plan, topology.data_rank, seed), plan.num_batches)
-            return iter(self._loader)
+            batches = self._iterator()
+            return batches if not plan.has_gaps else _with_gaps(batches, plan, topology.data_rank)
         draws = [self._draws(plan, rank, seed) for rank in range(topology.data_world_size)]
         in_turns = (next(draws[rank]) for step in range(plan.num_batches) for rank in _served(plan, step))
         self._batch_sampler.draw(in_turns, plan.num_batches * topology.data_world_size)
-        return dealt.deal(_grouped(iter(self._loader), plan))
+        return dealt.deal(_grouped(self._iterator(), plan))
 
     def close(self) -> None:
         """Give up the channel."""
         if self._dealt is not None:
             self._dealt.close()
+
+    def _iterator(self) -> Iterator[Any]:
+        with torch.device("cpu"):  # where the loader's generator is
+            return iter(self._loader)
 
     def _draws(self, plan: EpochPlan, rank: int, seed: int) -> Iterator[Any]:
         if self._ticketed:
@@ -171,7 +177,9 @@ class SampleSource:
         if ahead:
             position = plan.after(position, ahead)
             plan = self._plan(order, position)
-        return PlannedRun(position, plan, self._feed.batches(plan, position))
+        return PlannedRun(
+            position, plan, self._feed.batches(plan, position), rank=self._topology.data_rank, name=self._name
+        )
 
     def whole(self, position: Position) -> Position:
         """The position: there is one part."""
@@ -259,8 +267,8 @@ class PartedSource:
         return self._cut([0] * self._parts.num).count()
 
     def begin(self, position: Position, *, skip: int = 0) -> EpochRun:
-        """Start at a position."""
-        order = self._order(position)
+        """Start at a position. Every rank must call this where the order is a sampler's."""
+        order, position = self._order(position)
         if len(order) != self._lengths[self._parts.own]:
             raise _grown(self._name, self._lengths[self._parts.own], len(order))
         starts = [0] * self._parts.num
@@ -271,7 +279,8 @@ class PartedSource:
         ahead = min(max(0, skip - position.batches), plan.num_batches)
         if ahead:
             return self.begin(plan.after(position, ahead))
-        return PlannedRun(position, plan, self._feed.batches(plan, position, part=self._parts.own))
+        batches = self._feed.batches(plan, position, part=self._parts.own)
+        return PlannedRun(position, plan, batches, rank=self._parts.rank, name=self._name)
 
     def whole(self, position: Position) -> Position:
         """The position: every rank knows all places."""
@@ -281,21 +290,25 @@ class PartedSource:
         """Give up process groups."""
         self._feed.close()
 
-    def _order(self, position: Position) -> EpochOrder:
-        own = self._parts.own
+    def _order(self, position: Position) -> tuple[EpochOrder, Position]:
+        seed = derive_seed(position.seed, self._parts.own)
         if self._kind == "sequential":
-            return SequentialOrder(len(self._sampler))
+            return SequentialOrder(len(self._sampler)), position
         if self._kind == "permutation":
-            return PermutedOrder(len(self._sampler), seed=derive_seed(position.seed, own), epoch=position.epoch)
-        items, _ = draw_items(
+            return PermutedOrder(len(self._sampler), seed=seed, epoch=position.epoch), position
+        items, drawn = draw_items(
             self._sampler,
-            seed=position.seed,
+            seed=seed,
             epoch=position.epoch,
             topology=self._topology,
             name=self._name,
             alone=True,
         )
-        return ExplicitOrder(items)
+        if not has_peers(self._topology):
+            return ExplicitOrder(items), position
+        drawn = "/".join(share(drawn, self._topology))  # of all ranks, so that the record is one
+        check_fingerprint(drawn, position.fingerprint, epoch=position.epoch, name=self._name)
+        return ExplicitOrder(items), replace(position, fingerprint=drawn)
 
     def _cut(self, starts: Sequence[int]) -> PartedBatches:
         return PartedBatches(
@@ -330,7 +343,9 @@ class BatchSource:
         name: str,
     ) -> None:
         size = getattr(user_sampler, "batch_size", None)
-        self.batch_size: int | None = size // topology.data_world_size if split and size is not None else size
+        if split and size is not None:  # batches that the ranks do not divide have no size in common
+            size = None if size % topology.data_world_size else size // topology.data_world_size
+        self.batch_size: int | None = size
         self.even = even
         self._feed = feed
         self._user_sampler = user_sampler
@@ -362,7 +377,9 @@ class BatchSource:
         if ahead:
             position = plan.after(position, ahead)
             plan = self._plan(items, position)
-        return PlannedRun(position, plan, self._feed.batches(plan, position))
+        return PlannedRun(
+            position, plan, self._feed.batches(plan, position), rank=self._topology.data_rank, name=self._name
+        )
 
     def whole(self, position: Position) -> Position:
         """The position: there is one part."""
@@ -397,6 +414,13 @@ def _grouped(batches: Iterator[Any], plan: EpochPlan) -> Iterator[list[Any]]:
         for rank in served:
             group[rank] = next(batches)
         yield group
+
+
+def _with_gaps(batches: Iterator[Any], plan: EpochPlan, rank: int) -> Iterator[Any]:
+    """A batch a step; ``None`` where the rank gets no rows."""
+    for step in range(plan.num_batches):
+        yield next(batches) if plan.rows(step)[rank] else None
+    yield from batches  # nothing: workers that live on are told in this way that the epoch is over
 
 
 def _grown(name: str, before: int, now: int) -> ConfigError:

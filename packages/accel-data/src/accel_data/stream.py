@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from accel_data.hugging_face import forget_place
+from accel_data.hugging_face import forget_place, is_streaming
 from accel_data.position import PartPlace, WorkerPlace
 from accel_data.randomness import AsideGenerators, read_seeded, reading_seed
 from accel_data.reading import SampleError
@@ -83,7 +83,8 @@ class PartStream(IterableDataset[Parcel]):
         self._name = name
         self._place: PartPlace | None = None
         self._ahead = 0
-        self._start = torch.zeros(3, dtype=torch.int64)
+        with torch.inference_mode(False):  # it is written to in every epoch, whatever the mode is by then
+            self._start = torch.zeros(3, dtype=torch.int64, device="cpu")
 
     def share_memory(self) -> None:
         """Let workers that live on see which epoch is next. Called before any is started."""
@@ -99,7 +100,7 @@ class PartStream(IterableDataset[Parcel]):
             ahead: batches of all workers together, from there on, that will not be used and need no collation.
         """
         self._place, self._ahead = place, ahead
-        self._start.copy_(torch.tensor([seed, epoch, place is not None or ahead > 0]))
+        self._start.copy_(torch.tensor([seed, epoch, place is not None or ahead > 0], device="cpu"))
         _tell_epoch(self.dataset, epoch)
 
     def __iter__(self) -> Iterator[Parcel]:
@@ -183,8 +184,10 @@ class _Reader:
             if ended:
                 self.place = self.place._replace(state=None, at=self._number)
             elif self._owner is not None:
-                # A copy: the dataset may go on changing what it gave.
-                self.place = self.place._replace(state=copy.deepcopy(self._owner.state_dict()), at=self._number)
+                state = self._owner.state_dict()
+                if not is_streaming(self._owner):
+                    state = copy.deepcopy(state)  # the dataset may go on changing what it gave
+                self.place = self.place._replace(state=state, at=self._number)
         return samples
 
     def _skip(self, count: int) -> None:

@@ -55,6 +55,7 @@ class StreamSource:
         stateful: whether states of datasets are used.
         exchange: how ranks learn of parts that others read; ``None`` where all are read here.
         dealt: how rank 0 hands out what it reads, if it alone does.
+        fixed: whether each rank has its own part and nobody else's.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class StreamSource:
         topology: Topology,
         num_workers: int,
         persistent: bool,
+        fixed: bool,
         name: str,
     ) -> None:
         self.batch_size: int | None = batch_size
@@ -91,13 +93,14 @@ class StreamSource:
         self._topology = topology
         self._num_workers = max(1, num_workers)
         self._persistent = persistent
+        self._fixed = fixed
         self._name = name
         self._opened: dict[_Key, _Open] = {}
         self._said: set[str] = set()
 
     def key(self) -> DataKey:
-        """Kind and length of the stream, and how it is divided among workers."""
-        return DataKey(kind="stream", length=self.num_samples(), num_workers=self._num_workers)
+        """How the stream is divided among workers. Its length is no matter: it ends where it ends."""
+        return DataKey(kind="stream", length=None, num_workers=self._num_workers)
 
     def num_samples(self) -> int | None:
         """What the dataset says, if it does; of parts that the user gives, nobody knows."""
@@ -138,7 +141,7 @@ class StreamSource:
             ahead=ahead,
         )
         skipped = ahead * self._size * self._topology.data_world_size
-        steps = self._timed(assembly.steps(), self._num_again(position) + skipped, position.cursor + skipped)
+        steps = self._timed(assembly.steps(), self._num_again(position) + skipped, position.cursor + skipped, ahead)
         if self._dealt is None:
             return StreamRun(position, steps, may_pad=may_pad)
         return StreamRun(position, self._dealt.deal(self._for_each(steps)), may_pad=may_pad)
@@ -163,6 +166,12 @@ class StreamSource:
         if position.places is None or position.num_parts == self._parts.num:
             return self._parts
         num, world = position.num_parts, self._topology.data_world_size
+        if self._fixed:
+            raise ConfigError(
+                f"The state for {self._name} was written by {num} data ranks, each with a part of its own, and there "
+                f"are {world} now: which of them holds the rest of which part is not known. Start as many as before, "
+                f'or divide the data by a function instead of `sharding="given"`.'
+            )
         if self._size * world % num:
             raise ConfigError(
                 f"The state for {self._name} was written with the stream in {num} parts, and a global batch has "
@@ -204,9 +213,9 @@ class StreamSource:
         world, rank = self._topology.data_world_size, self._topology.data_rank
         size = self._size * world // num if together else self._size * parts.members[part]
         collate: _CollateOwn | _CollateEach | None = None
-        if self._dealt is not None:
+        if self._dealt is not None and num == 1:
             collate = _CollateEach(self._collation, self._size)
-        elif together and num == 1:
+        elif self._dealt is None and together and num == 1:
             collate = _CollateOwn(self._collation, rank * self._size, self._size)
         elif not together and part == parts.own:
             collate = _CollateOwn(self._collation, parts.index * self._size, self._size)
@@ -237,16 +246,16 @@ class StreamSource:
         workers = (worker for place in places for worker in place.workers if not worker.ended)
         return sum(worker.samples - worker.at for worker in workers)
 
-    def _timed(self, steps: Iterator[tuple[Any, Note]], num_again: int, cursor: int) -> Iterator[Any]:
+    def _timed(self, steps: Iterator[tuple[Any, Note]], num_again: int, cursor: int, ahead: int) -> Iterator[Any]:
         began = time.perf_counter()
         for number, step in enumerate(steps):
-            if number == 0 and num_again:
+            if number == ahead and num_again:
                 seconds = time.perf_counter() - began
                 why = ": its state leaves out what its shuffle buffer holds" if loses_buffer(self._dataset) else ""
                 self._say(
                     "again",
-                    f"Going on at sample {cursor} of an iterable dataset: {num_again} samples before were "
-                    f"read again and dropped, uncollated, in {seconds:.1f} s "
+                    f"Going on at sample {cursor} of the iterable dataset of the {self._name}: {num_again} samples "
+                    f"before were read again and dropped, uncollated, in {seconds:.1f} s "
                     f"({num_again / max(seconds, 1e-9):.0f} a second){why}.",
                 )
             yield step

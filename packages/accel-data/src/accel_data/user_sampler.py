@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,20 @@ from accel_data.randomness import seeded
 from accel_state.errors import ConfigError
 from accel_state.topology import Topology
 
-__all__ = ["aware_of_ranks", "check_fingerprint", "draw_items", "num_parts_of", "own_batch_sampler", "recognise"]
+__all__ = [
+    "aware_of_ranks",
+    "check_fingerprint",
+    "draw_items",
+    "num_parts_of",
+    "own_batch_sampler",
+    "recognise",
+    "sampler_of",
+]
+
+
+_RANK = ("rank", "_rank")
+_WORLD = ("num_replicas", "_num_replicas", "world_size", "_world_size")
+"""What samplers that know of ranks call that."""
 
 
 def recognise(loader: DataLoader[Any], *, seedable: bool = True) -> OrderKind:
@@ -29,7 +43,7 @@ def recognise(loader: DataLoader[Any], *, seedable: bool = True) -> OrderKind:
     """
     if own_batch_sampler(loader):
         return "batch_sampler"
-    sampler = _sampler_of(loader)
+    sampler = sampler_of(loader)
     if type(sampler) is SequentialSampler:
         return "sequential"
     whole = _is_plain(sampler, RandomSampler) and not sampler.replacement
@@ -49,7 +63,8 @@ def _is_plain(sampler: object, kind: type) -> bool:
     return type(sampler) is kind or (stateful and type(sampler).__name__ == kind.__name__)
 
 
-def _sampler_of(loader: DataLoader[Any]) -> Any:
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """What gives the indices of a map-style `loader`, one by one."""
     batch_sampler = loader.batch_sampler
     return batch_sampler.sampler if isinstance(batch_sampler, BatchSampler) else loader.sampler
 
@@ -58,15 +73,15 @@ def aware_of_ranks(loader: DataLoader[Any]) -> Any:
     """The sampler of a map-style `loader` that gives out one of several parts already; ``None`` if there is none."""
     batch_sampler = loader.batch_sampler
     for sampler in (loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-        counts = [getattr(sampler, name, None) for name in ("num_replicas", "world_size")]
-        if isinstance(sampler, DistributedSampler) or (hasattr(sampler, "rank") and counts != [None, None]):
+        knows_rank = any(hasattr(sampler, name) for name in _RANK)
+        if isinstance(sampler, DistributedSampler) or (knows_rank and any(hasattr(sampler, name) for name in _WORLD)):
             return sampler
     return None
 
 
 def num_parts_of(sampler: Any) -> int:
     """How many parts a sampler that knows of ranks divides its dataset into."""
-    return int(getattr(sampler, "num_replicas", None) or getattr(sampler, "world_size", None) or 1)
+    return next((int(getattr(sampler, name)) for name in _WORLD if getattr(sampler, name, None)), 1)
 
 
 def draw_items(
@@ -91,18 +106,18 @@ def draw_items(
         ConfigError: on all ranks, where the sampler fails.
     """
     told = [each for each in (sampler, getattr(sampler, "sampler", None)) if each is not None]
-    for each in told:
-        if hasattr(each, "set_epoch"):
-            each.set_epoch(epoch)
     drawn: tuple[Sequence[Any] | None, str] = (None, "")
     failure: Exception | None = None
     if alone or topology.is_main or not has_peers(topology):
         found = (getattr(each, "generator", None) for each in told)
         try:
+            _tell_epoch(told, epoch)
             with seeded(seed, epoch, generators=tuple(each for each in found if isinstance(each, torch.Generator))):
-                drawn = list(sampler), ""
+                drawn = _collected(iter(sampler)), ""
         except Exception as error:
             failure, drawn = error, (None, f"{type(error).__name__}: {error}")
+    else:
+        _tell_epoch(told, epoch)
     items, problem = drawn if alone else agree(drawn, topology)
     if items is None:
         raise ConfigError(
@@ -111,6 +126,20 @@ def draw_items(
             f"sampler."
         ) from failure
     return items, _fingerprint(items)
+
+
+def _tell_epoch(samplers: Sequence[Any], epoch: int) -> None:
+    for each in samplers:
+        if hasattr(each, "set_epoch"):
+            each.set_epoch(epoch)
+
+
+def _collected(items: Iterator[Any]) -> Sequence[Any]:
+    """All of them; numbers in an array, which takes a fifth of the memory."""
+    first = next(items, None)
+    if type(first) is int:
+        return array("q", chain([first], items))
+    return [] if first is None else [first, *items]
 
 
 def check_fingerprint(drawn: str, recorded: str | None, *, epoch: int, name: str) -> None:
@@ -129,7 +158,14 @@ def check_fingerprint(drawn: str, recorded: str | None, *, epoch: int, name: str
 
 def _fingerprint(items: Sequence[Any]) -> str:
     try:
-        data = array("q", items).tobytes()
+        data = (items if isinstance(items, array) else array("q", items)).tobytes()
     except (TypeError, OverflowError):
-        data = repr(items).encode()
+        data = repr(_plain(items)).encode()
     return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _plain(item: Any) -> Any:
+    """As lists, numbers and what else there is: arrays are not the same text everywhere."""
+    if hasattr(item, "tolist"):
+        return item.tolist()
+    return [_plain(each) for each in item] if isinstance(item, (list, tuple)) else item
