@@ -303,3 +303,40 @@ def test_drop_last_of_a_stream() -> None:
     assert len(infos) == 3
     assert infos[-1] is not None
     assert (infos[-1].remaining, infos[-1].may_pad) == (0, False)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_plain_loader_with_workers_is_skipped_too(workers: int) -> None:
+    plain = DataLoader(DATA, batch_size=4, num_workers=workers)
+    skipped = skip_first_batches(plain, 2)
+    assert [each for batch in skipped for each in batch.tolist()] == list(range(8, 20))
+
+
+class Doubling(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return (2 * batch for batch in super().__iter__())
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "message"),
+    [
+        (lambda: Doubling(DATA, batch_size=2), {}, "is a `Doubling`, which iterates in a way of its own"),
+        (
+            lambda: DataLoader(DATA, batch_size=None),
+            {"split_batches": True},
+            "was built with `batch_size=None`, so its",
+        ),
+        (lambda: torch.nn.Sequential(), {}, "A `Sequential` was given as train loader"),
+    ],
+)
+def test_more_that_cannot_be_sharded(make: Any, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(make(), **config)
+
+
+def test_without_a_group_nobody_can_agree() -> None:
+    loader = DataLoader(DATA, batch_size=2, shuffle=True)
+    with pytest.raises(ConfigError, match="no process group of that size by which they could agree on the seed"):
+        prepare_data_loader(loader, topology=PAIR)
+    with pytest.raises(ConfigError, match="by which they could hand out what rank 0 reads"):
+        prepare(loader, dispatch_batches=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,3 +184,37 @@ def test_what_fails_on_rank_0_ends_all() -> None:
     assert error.startswith("SampleError: Sample 9 was asked for by the loader 'train loader' on data rank 0")
     assert told.startswith(DispatchError.__name__)
     assert "storage went away" in told
+
+
+def mask(rows: list[dict[str, Any]]) -> list[Any]:
+    return [[row["id"] for row in rows], random.random()]
+
+
+class Divisible(Stream):
+    """Could divide itself, and is read whole where rank 0 reads."""
+
+    num_shards = 2
+
+    def shard(self, num_shards: int, index: int) -> Stream:
+        raise AssertionError("rank 0 reads for all")
+
+
+def draw_alike() -> None:
+    for kind in ("map", "stream"):
+        data: Any = Guarded(11) if kind == "map" else Stream(11)
+        alone, dealt = (
+            prepared(DataLoader(data, batch_size=2, collate_fn=mask), dispatch=dispatch) for dispatch in (False, True)
+        )
+        mine = list(dealt)
+        assert mine == list(alone)
+        drawn = [value for _, value in mine]
+        assert len(set(drawn)) == len(drawn)
+        others: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(others, drawn)
+        assert len({value for each in others for value in each}) == sum(map(len, others))
+    whole = prepared(DataLoader(Divisible(8), batch_size=2, collate_fn=keep), dispatch=True)
+    assert len(contents(whole)) == 2
+
+
+def test_collation_draws_alike_whoever_reads() -> None:
+    run_ranks(draw_alike, 2)

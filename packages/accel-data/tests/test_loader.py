@@ -245,8 +245,8 @@ def test_rewind_goes_back_to_where_a_window_began(kind: str, counting: Any) -> N
     for _ in loader:
         assert loader.state_dict(rewind=3) == states[-3]
         break
-    with pytest.raises(ConfigError, match=r"`state_dict\(rewind=1\)` was called on the train loader, which has handed"):
-        loader.state_dict(rewind=1)
+    back = loader.state_dict(rewind=1)  # the epoch that was given up, before its first batch
+    assert (back["epoch"], back["batches"]) == (1, 0)
 
 
 def test_rewinding_past_a_loaded_state_is_refused() -> None:
@@ -434,3 +434,61 @@ def test_a_closed_loader_is_not_read() -> None:
     for each in (loader, view):
         with pytest.raises(ConfigError, match="was closed, as by `free_memory`, and then iterated"):
             list(each)
+
+
+def test_a_window_in_an_epoch_that_was_given_up_is_gone_back_to() -> None:
+    loader = sharded()
+    batches = []
+    for batch in loader:
+        batches.append(batch.tolist())
+        if len(batches) == 3:
+            break
+    state = loader.state_dict(rewind=2)
+    assert (state["epoch"], state["batches"]) == (0, 1)
+    resumed = sharded()
+    resumed.load_state_dict(state)
+    assert ids(resumed)[:2] == batches[1:]
+
+
+def test_a_view_is_as_long_as_what_it_gives() -> None:
+    view = sharded(length=20).skip_first(2)
+    assert len(view) == 3
+    assert len(ids(view)) == 3
+    assert len(view) == 5  # of the next epoch
+
+
+def test_a_rank_without_rows_in_the_middle_counts_steps() -> None:
+    batches = [[0], [1, 2, 3, 4], [5], [6, 7, 8]]
+    for rank, expected in enumerate([[[0], [1, 2], [5], [6, 7]], [[3, 4], [8]]]):
+        loader = prepare_data_loader(
+            DataLoader(range(9), batch_sampler=batches),  # type: ignore[arg-type]
+            topology=Topology(rank=rank, world_size=2),
+            config=DataLoaderConfiguration(split_batches=True, even_batches=False, data_seed=0),
+        )
+        seen = []
+        for batch in loader:
+            info = loader.batch_info
+            assert info is not None
+            assert len(batch) == info.rows[rank]
+            assert sum(info.rows) == len(batches[info.index])
+            assert loader.state_dict()["cursor"] == info.index + 1
+            seen.append(batch.tolist())
+        assert seen == expected
+
+
+def stop(rows: list[Any]) -> Any:
+    if 9 in rows:
+        raise StopIteration
+    return rows
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collation_that_stops_does_not_end_the_epoch(workers: int) -> None:
+    loader = sharded(shuffle=False, collate_fn=stop, num_workers=workers)
+    try:
+        list(loader)
+    except (SampleError, RuntimeError, StopIteration) as error:
+        problem = str(error)
+    gc.collect()
+    assert "StopIteration" in problem
+    assert loader.epoch == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from accel_data import DataLoaderConfiguration, ShardedLoader, prepare_data_loader
@@ -251,3 +251,63 @@ def test_torchs_own_order_can_be_asked_for() -> None:
     drawn = rows_of(torchs)
     assert sorted(each for step in drawn for rank in step for each in rank) == list(data)
     assert drawn != rows_of(keyed)
+
+
+@pytest.mark.parametrize("sharding", ["node", "given", by_stripes])
+def test_batch_samplers_have_no_parts(sharding: Any) -> None:
+    with pytest.raises(ConfigError, match=r"batch sampler of its own, whose batches are of the whole dataset"):
+        loaders(lambda _: DataLoader(range(9), batch_sampler=[[1], [2]]), 2, sharding=sharding)  # type: ignore[arg-type]
+
+
+def test_random_samplers_of_another_length_have_no_parts() -> None:
+    data: Any = range(9)
+    with pytest.raises(ConfigError, match="a `RandomSampler`, which orders the whole dataset"):
+        loaders(
+            lambda _: DataLoader(data, sampler=RandomSampler(data, replacement=True, num_samples=40)),
+            2,
+            sharding="node",
+        )
+
+
+class Draws(Dataset[float]):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> float:
+        return float(torch.rand((), dtype=torch.float64))
+
+
+def test_samples_of_different_parts_draw_differently() -> None:
+    ranks = loaders(lambda _: DataLoader(Draws(), batch_size=2), 2, sharding="node")
+    drawn = [each for loader in ranks for batch in loader for each in batch.tolist()]
+    assert len(set(drawn)) == 12
+
+
+class PrivatelyAware:
+    """As samplers of some libraries call it."""
+
+    def __init__(self) -> None:
+        self._rank, self._world_size = 0, 2
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Any:
+        return iter(range(4))
+
+
+def test_samplers_that_hide_their_rank_are_found() -> None:
+    with pytest.raises(ConfigError, match="has a `PrivatelyAware`, which gives out one of 2 parts already"):
+        loaders(lambda _: DataLoader(range(8), sampler=PrivatelyAware()), 2)  # type: ignore[arg-type]
+
+
+def see_other_rows() -> str:
+    rank = torch.distributed.get_rank()
+    data: Any = Subset(range(16), range(8 * rank, 8 * rank + 8))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"has other samples on ranks 0 to 1.*Give every rank the same dataset") as e:
+        prepare_data_loader(DataLoader(data, batch_size=2), topology=Topology(rank=rank, world_size=2))
+    return str(e.value)
+
+
+def test_ranks_with_other_subsets_are_refused() -> None:
+    run_ranks(see_other_rows, 2)

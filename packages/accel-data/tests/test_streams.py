@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from accel_data import DataLoaderConfiguration, SampleError, ShardedLoader, prepare_data_loader
-from accel_state.errors import ConfigError
+from accel_state.errors import CollectiveError, ConfigError
 from accel_state.testing import run_ranks
 from accel_state.topology import Topology
 
@@ -232,7 +232,10 @@ def test_without_a_state_it_is_read_again_and_said_once(caplog: pytest.LogCaptur
         loader.load_state_dict(state)
         assert [each for batch in loader for each in batch.tolist()] == list(range(28, 40))
     (record,) = caplog.records
-    assert "Going on at sample 28 of the iterable dataset of the train loader: 28 samples before were read" in record.getMessage()
+    assert (
+        "Going on at sample 28 of the iterable dataset of the train loader: 28 samples before were read"
+        in record.getMessage()
+    )
 
 
 class Ticking:
@@ -477,3 +480,90 @@ def starve() -> str:
 
 def test_a_part_without_samples_cannot_be_padded() -> None:
     assert "Part 1 of the stream gave no sample to repeat while others go on" in run_ranks(starve, 2)[1]
+
+
+class Changing(Shards):
+    """Gives the dictionary that it goes on changing."""
+
+    def __init__(self, shards: list[list[int]]) -> None:
+        super().__init__(shards)
+        self.live: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        self.live.update(super().state_dict())
+        return self.live
+
+
+def test_a_state_that_the_dataset_goes_on_changing_is_kept_as_it_was() -> None:
+    loader = prepare(Changing(ids([40])), 0, 1)
+    states = [loader.state_dict() for _ in loader]
+    rows = [state["places"][0]["workers"][0]["state"] for state in states[:-1]]
+    assert [each["row"] for each in rows] == list(range(2, 40, 2))
+
+
+def test_parts_that_are_given_belong_to_as_many_ranks() -> None:
+    state = state_after(world_of(lambda: Plain(ids([9])), 2, sharding="given"), 2)
+    (loader,) = world_of(lambda: Plain(ids([9])), 1, batch_size=4, sharding="given")
+    loader.load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"written by 2 data ranks, each with a part of its own.*Start as many"):
+        list(loader)
+
+
+def test_a_stream_with_a_length_may_be_divided_by_another_world() -> None:
+    class Sized(Shards):
+        def __len__(self) -> int:
+            return 16
+
+        def shard(self, num_shards: int, index: int) -> Shards:
+            return Sized(self.shards[index::num_shards])
+
+    state = state_after(world_of(lambda: Sized(ids([8, 8])), 1, batch_size=4), 1)
+    ranks = world_of(lambda: Sized(ids([8, 8])), 2, batch_size=2)
+    for loader in ranks:
+        loader.load_state_dict(state)
+    assert real(steps_of(ranks)) == [[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def leave_at_other_batches() -> str:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    loader = prepare(Shards(ids([20, 20])), rank, world)
+    for number, _ in enumerate(loader):
+        if number == 3 - rank:
+            break
+    try:
+        list(loader)
+    except CollectiveError as error:
+        return str(error)
+    return ""
+
+
+def test_loops_that_were_left_at_other_batches_are_noticed() -> None:
+    messages = run_ranks(leave_at_other_batches, 2)
+    assert all("of the train loader are at different places: iteration.step" in message for message in messages)
+
+
+class BreaksOnce(Shards):
+    def __iter__(self) -> Iterator[int]:
+        for each in super().__iter__():
+            if each == 27:
+                raise OSError("no such object")
+            yield each
+
+    def shard(self, num_shards: int, index: int) -> Shards:
+        return BreaksOnce(self.shards[index::num_shards])
+
+
+def read_a_broken_part() -> str:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    loader = prepare(BreaksOnce(ids([20, 20])), rank, world)
+    try:
+        list(loader)
+    except (CollectiveError, SampleError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_part_that_fails_is_told_to_the_others() -> None:
+    whole, broken = run_ranks(read_a_broken_part, 2)
+    assert whole.startswith("CollectiveError: Part 1 of the train loader could not be read by its rank")
+    assert broken.startswith("SampleError: Sample 7 of part 1 of the train loader was read on data rank 1")
