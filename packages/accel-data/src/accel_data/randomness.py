@@ -11,8 +11,10 @@ a map-style dataset, with or                                            in the e
 without workers
 reading of an iterable         python, numpy, torch                     seed, epoch, part, worker; with a
                                                                         state of its own also the sample
-a batch in ``collate_fn``      python, numpy, torch                     seed, epoch, its first position
-the rest of a worker           python, numpy, torch of the worker       seed, epoch, data rank, worker
+a batch in ``collate_fn``      python, numpy, torch                     seed, epoch, its first position; of a
+                                                                        stream's partial step, its number and rank
+the rest of a worker           python, numpy, torch of the worker       seed, epoch in which it was started,
+                                                                        data rank (of a stream, part), worker
 =============================  =======================================  ====================================
 
 "python, numpy, torch" are the default generators of the host: the functions of `random` and of ``numpy.random``, and
@@ -53,9 +55,15 @@ def draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
 
 
-def worker_seed(seed: int, epoch: int, data_rank: int | None) -> int:
-    """Base seed of worker processes in an epoch. ``None``: the same on all ranks, which read one stream."""
-    return derive_seed(_WORKERS, seed, epoch, 0 if data_rank is None else data_rank + 1)
+def worker_seed(seed: int, epoch: int, place: int) -> int:
+    """Base seed of the worker processes that are started in an epoch.
+
+    Args:
+        seed: of the loader.
+        epoch: which one.
+        place: the data rank; of a stream, the part that they read.
+    """
+    return derive_seed(_WORKERS, seed, epoch, place)
 
 
 def reading_seed(seed: int, epoch: int, part: int, worker: int) -> int:
