@@ -58,7 +58,12 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize(
     ("launcher", "case"),
-    [("accel", case) for case in ("plain", "workers", "stream", "dispatched", "dies")] + [("torchrun", "plain")],
+    [
+        ("accel", "plain"),
+        ("accel", "dies"),
+        *(pytest.param("accel", case, marks=pytest.mark.matrix) for case in ("workers", "stream", "dispatched")),
+        pytest.param("torchrun", "plain", marks=pytest.mark.matrix),
+    ],
 )
 def test_all_ranks_end_and_the_sample_is_named(
     launcher: str, case: str, run_command: Callable[..., Any], tmp_path: Path
@@ -75,4 +80,5 @@ def test_all_ranks_end_and_the_sample_is_named(
         "dispatched": "Sample 37 was asked for by the loader 'data loader' on data rank 0, and Rows raised KeyError",
         "dies": "A worker process of the data loader ended without an answer",
     }[case]
-    assert said in done.stderr
+    # torch tells of a dead worker by a signal, which may come while the script is somewhere else than in the loader.
+    assert said in done.stderr or (case == "dies" and "is killed by signal: Killed" in done.stderr)

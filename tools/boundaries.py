@@ -25,6 +25,8 @@ ENVIRONMENT_OWNER = "accel_state.env"
 GLOBAL_ALLOWED = ("accel_state.process", "_current")
 FOR_TESTS = "accel_state.testing"
 """Module or package that may pickle: what ranks of a test say to the test, none of it stored."""
+ON_THE_WIRE = ("accel_data.packing",)
+"""Modules that pickle what one rank of a run sends another, as torch's collectives of objects do; none of it stored."""
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal")
 ENVIRONMENT_FUNCTIONS = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
 TORCH_FREE = (
@@ -259,7 +261,7 @@ def _is_for_tests(module: Module) -> bool:
 
 
 def _pickle(module: Module) -> Iterator[Violation]:
-    if _is_for_tests(module):
+    if _is_for_tests(module) or module.name in ON_THE_WIRE:
         return
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
@@ -278,14 +280,14 @@ def _pickle(module: Module) -> Iterator[Violation]:
 
 
 def _broad_except(module: Module) -> Iterator[Violation]:
-    """A handler of everything that neither raises again nor ends the process hides what went wrong."""
+    """A handler of everything that neither raises, keeps the error to be raised, nor ends the process hides it."""
     if _is_for_tests(module):
         return
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ExceptHandler):
             caught = node.type.id if isinstance(node.type, ast.Name) else ""
             broad = node.type is None or caught in ("Exception", "BaseException")
-            if broad and not any(_ends(each) for each in ast.walk(node)):
+            if broad and not any(_ends(each) or _keeps(each, node.name) for each in ast.walk(node)):
                 yield module.violation(node, "broad-except", "catches everything and raises nothing: name the errors")
 
 
@@ -294,6 +296,14 @@ def _ends(node: ast.AST) -> bool:
     if isinstance(node, ast.Raise):
         return True
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_exit"
+
+
+def _keeps(node: ast.AST, error: str | None) -> bool:
+    """Whether this returns or assigns the error itself, for somebody who raises it later."""
+    if error is None or not isinstance(node, (ast.Return, ast.Assign)) or node.value is None:
+        return False
+    values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+    return any(isinstance(each, ast.Name) and each.id == error for each in values)
 
 
 def _sizes(module: Module) -> Iterator[Violation]:

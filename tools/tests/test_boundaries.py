@@ -35,6 +35,8 @@ def violations(root: Path, files: dict[str, str]) -> list[str]:
         ("import torch\nx = torch.tensor(1)\n", []),
         ("try:\n    x = 1\nexcept Exception:\n    x = 2\n", ["m.py:3 broad-except"]),
         ("try:\n    x = 1\nexcept:\n    x = 2\n", ["m.py:3 broad-except"]),
+        ("try:\n    x = 1\nexcept Exception as error:\n    x = str(error)\n", ["m.py:3 broad-except"]),
+        ("try:\n    x = 1\nexcept Exception as error:\n    x = error\n", []),
         ("try:\n    x = 1\nexcept BaseException:\n    x = 2\n    raise\n", []),
         ("import os\ntry:\n    x = 1\nexcept BaseException:\n    os._exit(1)\n", []),
         ("try:\n    x = 1\nexcept ValueError:\n    x = 2\n", []),

@@ -70,6 +70,15 @@ def test_process_left_behind_is_ended_and_fails_its_step(tmp_path: Path) -> None
 def test_every_step_is_a_script_of_hatch_and_has_a_limit() -> None:
     text = (ROOT / ".ci" / "run").read_text()
     steps = re.findall(r'^    "([a-z]+)\|(\d+)\|hatch run ([\w:-]+)"$', text, re.MULTILINE)
-    assert [name for name, _, _ in steps] == ["test", "integration", "lint", "types", "imports", "alone", "docs"]
+    assert [name for name, _, _ in steps] == [
+        "test",
+        "matrix",
+        "integration",
+        "lint",
+        "types",
+        "imports",
+        "alone",
+        "docs",
+    ]
     assert steps[0][2] == "test", "the first step is the README's test command"
     assert "&& hatch run test " in (ROOT / "README.md").read_text()
