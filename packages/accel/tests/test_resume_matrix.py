@@ -220,7 +220,7 @@ def kill_and_go_on(folder: Path, kind: str, before: int, after: int, window: int
         # Real rows and the padding of the last batch, and nothing else.
         rest = [each for ids, _ in second.values() for each in ids]
         assert set(reads_of(killed, "second")) == set(rest)
-        assert len(rest) <= len(reads_of(killed, "second")) <= len(rest) + 2 * (after - 1)
+        assert len(rest) <= len(reads_of(killed, "second")) <= len(rest) + len(second) * (after - 1)
 
 
 TRANSITIONS = [(2, 2), (2, 1), (2, 3), (4, 2), (1, 2)]

@@ -129,4 +129,4 @@ def test_some_of_all(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_length_batch_size_and_world(kind: str, world: int) -> None:
     checked = run_ranks(sweep, world, kind, list(range(1, 51)), list(range(1, 6)), settings=CPU, timeout_s=110.0)
-    assert checked[0] >= 290
+    assert checked[0] >= 280
