@@ -17,6 +17,7 @@ from repository import ROOT
 KEYS = ["P7", "P8", "P9", "P10", "P11", "P12", "P13", "P14", "Dispatch"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("key", KEYS)
 def test_a_measurement_of_accel_alone_gives_a_finite_positive_number(key: str) -> None:
     done = subprocess.run(
