@@ -24,7 +24,8 @@ rank that asks for a step takes what is sent to it until its own comes:
 - a batch of another iteration, or of a step that it does not ask for, raises: the loops of the ranks differ;
 - where its own iteration closes with "left" or "failed", it raises and says what rank 0 said.
 
-A process that is gone closes its connections, and whoever waits for it raises at once. A rank that lives and never asks
+A process that is gone closes its connections, and whoever waits for it raises: as a rule at once, at the latest after
+the group's timeout, which was seen where connections were cut while a part was being named. A rank that lives and never asks
 again (it left its loop, rank 0 did not, and it starts no other) is waited for until the group's timeout, as in any
 collective; then rank 0 raises. Its next iteration, if there is one, raises at once, as above.
 """
