@@ -25,9 +25,9 @@ rank that asks for a step takes what is sent to it until its own comes:
 - where its own iteration closes with "left" or "failed", it raises and says what rank 0 said.
 
 A process that is gone closes its connections, and whoever waits for it raises: as a rule at once, at the latest after
-the group's timeout, which was seen where connections were cut while a part was being named. A rank that lives and never asks
-again (it left its loop, rank 0 did not, and it starts no other) is waited for until the group's timeout, as in any
-collective; then rank 0 raises. Its next iteration, if there is one, raises at once, as above.
+the group's timeout, which was seen where connections were cut while a part was being named. A rank that lives and
+never asks again (it left its loop, rank 0 did not, and it starts no other) is waited for until the group's timeout, as
+in any collective; then rank 0 raises. Its next iteration, if there is one, raises at once, as above.
 """
 
 from __future__ import annotations
