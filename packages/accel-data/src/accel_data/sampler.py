@@ -53,6 +53,9 @@ class EpochPlan(Protocol):
     def batches(self, rank: int) -> Iterator[Rows]:
         """Of a data rank, one a batch that it gets."""
 
+    def indices(self, rank: int) -> Iterator[list[Any]]:
+        """Of `batches` what the dataset is asked for, where positions are of no use."""
+
     def release(self) -> None:
         """Let go of the order, where that takes memory. Only `after` and the numbers are asked for from then on."""
 
@@ -82,6 +85,19 @@ class SamplePlan:
         batches = self._batches
         first = self._offset + rank * batches.batch_size
         yield from _full(self._order, first, batches.batch_size, step=batches.global_size, num=batches.num_full)
+        yield from self._last(rank)
+
+    def indices(self, rank: int) -> Iterator[list[Any]]:
+        """Of a data rank, as quickly as can be."""
+        batches = self._batches
+        first, size = self._offset + rank * batches.batch_size, batches.batch_size
+        yield from _full_indices(self._order, first, size, step=batches.global_size, num=batches.num_full)
+        for rows in self._last(rank):
+            yield rows.indices
+
+    def _last(self, rank: int) -> Iterator[Rows]:
+        """The batch that is not full, if there is one in which this rank takes part."""
+        batches = self._batches
         if batches.last_size:
             positions = [each + self._offset for each in batches.share(batches.num_full, rank).positions]
             if positions:
@@ -135,6 +151,10 @@ class PartedPlan:
             if positions:
                 yield Rows(positions, self._order.at(torch.tensor(positions, device="cpu")))
 
+    def indices(self, rank: int) -> Iterator[list[Any]]:
+        """Those of `batches`."""
+        return (rows.indices for rows in self.batches(rank))
+
     def release(self) -> None:
         """Let go of the order."""
         self._order = SequentialOrder(0)
@@ -177,25 +197,32 @@ class BatchPlan:
                 start, batch = self._starts[number], self._groups.batch(number)
                 yield Rows([start + row for row in rows], [batch[row] for row in rows])
 
+    def indices(self, rank: int) -> Iterator[list[Any]]:
+        """Those of `batches`."""
+        return (rows.indices for rows in self.batches(rank))
+
     def release(self) -> None:
         """Nothing: where it stands is counted in the sampler's batches."""
 
 
 def _full(order: EpochOrder, first: int, size: int, *, step: int, num: int) -> Iterator[Rows]:
-    """Batches of `size` neighbours, the first at position `first`, each `step` after the one before.
+    """Batches of `size` neighbours, the first at position `first`, each `step` after the one before."""
+    position = first
+    for indices in _full_indices(order, first, size, step=step, num=num):
+        yield Rows(range(position, position + size), indices)
+        position += step
 
-    Positions are turned into samples many batches at a time.
-    """
+
+def _full_indices(order: EpochOrder, first: int, size: int, *, step: int, num: int) -> Iterator[list[Any]]:
+    """What the dataset is asked for in those. Positions are turned into samples many batches at a time."""
     row = torch.arange(size, device="cpu")
     done, chunk = 0, _FIRST_CHUNK
     while done < num:
         count = min(num - done, max(1, chunk // size))
-        position = first + done * step
-        firsts = torch.arange(count, device="cpu") * step + position
+        firsts = torch.arange(count, device="cpu") * step + (first + done * step)
         samples = order.at(firsts.unsqueeze(1) + row)  # (count, size), then flat
         for start in range(0, count * size, size):
-            yield Rows(range(position, position + size), samples[start : start + size])
-            position += step
+            yield samples[start : start + size]
         done, chunk = done + count, min(2 * chunk, _LAST_CHUNK)
 
 

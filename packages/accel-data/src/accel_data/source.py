@@ -120,8 +120,8 @@ class Feed:
         if self._ticketed:
             return (Ticket(seed, rows.positions, rows.indices) for rows in plan.batches(rank))
         if self._single:
-            return (rows.indices[0] for rows in plan.batches(rank))
-        return (rows.indices for rows in plan.batches(rank))
+            return (indices[0] for indices in plan.indices(rank))
+        return plan.indices(rank)
 
 
 class SampleSource:
