@@ -563,3 +563,25 @@ def test_a_part_that_fails_is_told_to_the_others() -> None:
     whole, broken = run_ranks(read_a_broken_part, 2)
     assert whole.startswith("CollectiveError: Part 1 of the train loader could not be read by its rank")
     assert broken.startswith("SampleError: Sample 7 of part 1 of the train loader was read on data rank 1")
+
+
+def break_one_rank_of_a_node() -> str:
+    """Both ranks of the second node read its part; only the one that does not speak for it has a broken copy."""
+    rank = torch.distributed.get_rank()
+    shards = ids([20, 20])
+    dataset = BreaksOnce(shards) if rank == 3 else Shards(shards)
+    loader = prepare_data_loader(
+        DataLoader(dataset, batch_size=2),
+        topology=Topology(world_size=4, local_world_size=2).at(rank),
+        config=DataLoaderConfiguration(sharding="node", data_seed=0),
+        name="train loader",
+    )
+    try:
+        list(loader)
+    except (CollectiveError, SampleError) as error:
+        return type(error).__name__
+    return ""
+
+
+def test_a_rank_that_fails_beside_others_of_its_part_is_heard() -> None:
+    assert run_ranks(break_one_rank_of_a_node, 4) == ["CollectiveError"] * 3 + ["SampleError"]

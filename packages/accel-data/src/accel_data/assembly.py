@@ -24,7 +24,7 @@ from accel_state.process import close_group
 
 __all__ = ["Assembly", "PartReader", "SizeExchange"]
 
-_FAILED = -1
+_FAILED = -(1 << 40)  # below zero whatever is added to it
 _Sizes = Callable[[], Sequence[int]]
 
 
@@ -99,6 +99,8 @@ class SizeExchange:
         told = torch.zeros(self._parts.num, 3, dtype=torch.int64, device="cpu")
         if self._speaks:
             told[self._parts.own] = own
+        elif size == _FAILED:
+            told[self._parts.own, 0] = size  # on top of what the speaker has read
         work: Any = dist.all_reduce(told, group=self._group, async_op=True)
 
         def wait() -> Sequence[int]:
@@ -116,7 +118,7 @@ class SizeExchange:
         return wait
 
     def _check(self, told: torch.Tensor, own: torch.Tensor) -> None:
-        failed = (told[:, 0] == _FAILED).nonzero().flatten().tolist()
+        failed = (told[:, 0] < 0).nonzero().flatten().tolist()
         if failed and own[0] != _FAILED:
             raise CollectiveError(
                 f"Part {failed[0]} of the {self._name} could not be read by its rank, so no step can be made of what "

@@ -172,14 +172,9 @@ class SampleSource:
     def begin(self, position: Position, *, skip: int = 0) -> EpochRun:
         """Start at a position. Every rank must call this where the order is a sampler's."""
         order, position = self._order(position)
-        plan = self._plan(order, position)
-        ahead = min(max(0, skip - position.batches), plan.num_batches)
-        if ahead:
-            position = plan.after(position, ahead)
-            plan = self._plan(order, position)
-        return PlannedRun(
-            position, plan, self._feed.batches(plan, position), rank=self._topology.data_rank, name=self._name
-        )
+        position, plan = _skipped(position, skip, lambda place: self._plan(order, place))
+        batches = self._feed.batches(plan, position)
+        return PlannedRun(position, plan, batches, rank=self._topology.data_rank, name=self._name)
 
     def whole(self, position: Position) -> Position:
         """The position: there is one part."""
@@ -271,14 +266,7 @@ class PartedSource:
         order, position = self._order(position)
         if len(order) != self._lengths[self._parts.own]:
             raise _grown(self._name, self._lengths[self._parts.own], len(order))
-        starts = [0] * self._parts.num
-        for part, start in (position.places or {}).items():
-            assert isinstance(start, int)
-            starts[part] = start
-        plan = PartedPlan(order, self._cut(starts), self._parts)
-        ahead = min(max(0, skip - position.batches), plan.num_batches)
-        if ahead:
-            return self.begin(plan.after(position, ahead))
+        position, plan = _skipped(position, skip, lambda place: self._plan(order, place))
         batches = self._feed.batches(plan, position, part=self._parts.own)
         return PlannedRun(position, plan, batches, rank=self._parts.rank, name=self._name)
 
@@ -309,6 +297,13 @@ class PartedSource:
         drawn = "/".join(share(drawn, self._topology))  # of all ranks, so that the record is one
         check_fingerprint(drawn, position.fingerprint, epoch=position.epoch, name=self._name)
         return ExplicitOrder(items), replace(position, fingerprint=drawn)
+
+    def _plan(self, order: EpochOrder, position: Position) -> PartedPlan:
+        starts = [0] * self._parts.num
+        for part, start in (position.places or {}).items():
+            assert isinstance(start, int)
+            starts[part] = start
+        return PartedPlan(order, self._cut(starts), self._parts)
 
     def _cut(self, starts: Sequence[int]) -> PartedBatches:
         return PartedBatches(
@@ -372,14 +367,9 @@ class BatchSource:
     def begin(self, position: Position, *, skip: int = 0) -> EpochRun:
         """Start at a position. Every rank must call this."""
         items, position = _drawn(self._user_sampler, position, self._topology, self._name)
-        plan = self._plan(items, position)
-        ahead = min(max(0, skip - position.batches), plan.num_batches)
-        if ahead:
-            position = plan.after(position, ahead)
-            plan = self._plan(items, position)
-        return PlannedRun(
-            position, plan, self._feed.batches(plan, position), rank=self._topology.data_rank, name=self._name
-        )
+        position, plan = _skipped(position, skip, lambda place: self._plan(items, place))
+        batches = self._feed.batches(plan, position)
+        return PlannedRun(position, plan, batches, rank=self._topology.data_rank, name=self._name)
 
     def whole(self, position: Position) -> Position:
         """The position: there is one part."""
@@ -392,6 +382,16 @@ class BatchSource:
     def _plan(self, items: Sequence[Any], position: Position) -> BatchPlan:
         world = self._topology.data_world_size
         return BatchPlan(items, offset=position.cursor, world=world, even=self.even, split=self._split)
+
+
+def _skipped(position: Position, skip: int, plan_at: Callable[[Position], EpochPlan]) -> tuple[Position, EpochPlan]:
+    """The place after the first `skip` batches of the epoch, or `position` if that is later; and what follows it."""
+    plan = plan_at(position)
+    ahead = min(max(0, skip - position.batches), plan.num_batches)
+    if not ahead:
+        return position, plan
+    position = plan.after(position, ahead)
+    return position, plan_at(position)
 
 
 def _drawn(sampler: Any, position: Position, topology: Topology, name: str) -> tuple[Sequence[Any], Position]:
