@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import default_collate, default_convert
 
-from accel_data.generators import DefaultGenerator, default_generators
 from accel_data.reading import TicketedRows
+
+if TYPE_CHECKING:
+    from accel_data.generators import DefaultGenerator
 
 __all__ = ["Collation"]
 
@@ -49,6 +51,8 @@ class Collation:
         if self.draws_nothing:
             return self._collate(rows)
         if not self._generators:
+            from accel_data.generators import default_generators  # with numpy.random, when data is read
+
             self._generators = default_generators()
         outside = [generator.look() for generator in self._generators]
         drawn = self._drawn

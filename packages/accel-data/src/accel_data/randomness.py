@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 
-from accel_data.generators import default_generators
 from accel_data.order import derive_seed
 
 __all__ = [
@@ -105,6 +104,8 @@ class AsideGenerators:
     """
 
     def __init__(self, seed: int) -> None:
+        from accel_data.generators import default_generators  # with numpy.random, when data is read
+
         self._generators = default_generators()
         self._depth = 0
         self._outside = self._look()

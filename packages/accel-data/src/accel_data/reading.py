@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, get_worker_info
 
-from accel_data.generators import DefaultGenerator, default_generators
 from accel_data.randomness import collating_seed, sample_seed
 from accel_state.errors import AccelError
+
+if TYPE_CHECKING:
+    from accel_data.generators import DefaultGenerator
 
 __all__ = ["SampleError", "SampleReader", "Ticket", "TicketedRows", "WorkerInit", "draws_nothing"]
 
@@ -119,6 +121,8 @@ class SampleReader(Dataset[Any]):
 
     def _read(self, ticket: Ticket) -> list[Any]:
         if not self._generators:
+            from accel_data.generators import default_generators  # with numpy.random, when data is read
+
             self._generators = default_generators()
         generators = self._generators
         outside = [generator.look() for generator in generators]

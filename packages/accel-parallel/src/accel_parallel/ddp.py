@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_parallel.join import joined
 from accel_parallel.plugins import DDPCommunicationHookType, DistributedDataParallelKwargs
 from accel_parallel.single import SingleStrategy
 from accel_parallel.strategy import Bundle
@@ -97,6 +96,8 @@ class DDPStrategy(SingleStrategy):
         wrapped = self._joinable(models)
         self._joining = True
         try:
+            from accel_parallel.join import joined  # torch's part of it is slow to import
+
             with joined(wrapped, settle):
                 yield
         finally:
