@@ -1,0 +1,110 @@
+"""The process groups behind the axes of a mesh. Made once, by every rank in the same order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from accel_state.process import Process
+from accel_state.topology import AXES, Axis
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Mesh"]
+
+_SHARING: tuple[Axis, ...] = ("dp_shard", "cp", "sp")
+"""Axes whose ranks share one copy of the parameters in shards. Those of one sequence do too: they hold the same
+parameters, so that nothing is gained by a copy for each (as in torchtitan's meshes)."""
+
+
+class Mesh:
+    """A world divided along axes, as groups of processes.
+
+    ``shard`` joins the axes dp_shard, cp and sp into one, since parameters are divided along all of them alike.
+    """
+
+    def __init__(self, process: Process) -> None:
+        """Every rank must call this.
+
+        Args:
+            process: the open process, with a group.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.topology = topology = process.topology
+        shape = topology.shape
+        device_type = process.device.type
+        sharing = 1
+        for axis in _SHARING:
+            sharing *= shape.size_of(axis)
+        self._root = init_device_mesh(
+            device_type,
+            (shape.pp, shape.dp_replicate, sharing, shape.tp),
+            mesh_dim_names=("pp", "dp_replicate", "shard", "tp"),
+        )
+        self.data: DeviceMesh = (
+            self._root["dp_replicate", "shard"] if shape.dp_replicate > 1 else self._root["shard"]
+        )
+        """Over which `fully_shard` works: (dp_replicate, shard), or (shard) where there is one replica."""
+        self.tp: DeviceMesh | None = self._root["tp"] if shape.tp > 1 else None
+        """The ranks that share each matrix, where there are several."""
+        self.average_size = shape.dp_replicate * sharing
+        """Over how many ranks gradients are averaged: those whose tokens differ."""
+        self._groups: dict[Axis, dist.ProcessGroup] = {}
+        for axis in ("cp", "sp"):
+            if shape.size_of(axis) > 1:
+                self._groups[axis] = _group_along(process, axis)
+        self._loss_group = self._make_loss_group()
+
+    def group(self, axis: Axis) -> dist.ProcessGroup:
+        """The ranks along ``cp`` or ``sp``, where there are several."""
+        return self._groups[axis]
+
+    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over the ranks whose tokens differ, on each of them. Every rank must call this."""
+        total = value.clone()
+        if self.average_size > 1:
+            dist.all_reduce(total, group=self._loss_group)
+        return total
+
+    def named(self) -> DeviceMesh:
+        """The whole world by the names of the axes that hold several ranks. Every rank must call this."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = self.topology.shape
+        axes = [axis for axis in AXES if shape.size_of(axis) > 1] or ["dp_replicate"]
+        return init_device_mesh(
+            self._root.device_type, tuple(shape.size_of(axis) for axis in axes), mesh_dim_names=tuple(axes)
+        )
+
+    def _make_loss_group(self) -> dist.ProcessGroup | None:
+        """The ranks at this one's place along tp and pp; the world's own group where that is everybody."""
+        topology = self.topology
+        size = topology.shape.tp * topology.shape.pp
+        if size == 1:
+            return None
+        own: dist.ProcessGroup | None = None
+        places: dict[tuple[int, int], list[int]] = {}
+        for rank in range(topology.world_size):
+            other = topology.at(rank)
+            places.setdefault((other.coord("pp"), other.coord("tp")), []).append(rank)
+        for ranks in places.values():  # every rank makes every group, in one order
+            group = dist.new_group(ranks)
+            if topology.rank in ranks:
+                own = group
+        return own
+
+
+def _group_along(process: Process, axis: Axis) -> dist.ProcessGroup:
+    """The group of this rank along `axis`; every rank makes every such group, in one order."""
+    topology = process.topology
+    own: dist.ProcessGroup | None = None
+    for ranks in sorted({topology.at(rank).ranks_along(axis) for rank in range(topology.world_size)}):
+        group = dist.new_group(list(ranks))
+        if topology.rank in ranks:
+            own = group
+    assert own is not None
+    return own

@@ -1,0 +1,126 @@
+"""How many processes each kind of parallelism gets: what users set, and the mesh that it makes. No process is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from accel_state.errors import ConfigError
+from accel_state.topology import MeshShape
+
+__all__ = ["ContextBackend", "ParallelismConfig", "SequenceBackend", "TorchContextParallelConfig"]
+
+ContextBackend = Literal["native", "torch"]
+SequenceBackend = Literal["native"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchContextParallelConfig:
+    """Options of ``cp_backend="torch"``, torch's ring attention."""
+
+    cp_comm_strategy: Literal["allgather", "alltoall"] = "allgather"
+    """How keys and values travel round the ring."""
+
+    def __post_init__(self) -> None:
+        if self.cp_comm_strategy not in ("allgather", "alltoall"):
+            raise ConfigError(
+                f"`cp_comm_strategy={self.cp_comm_strategy!r}` is no way for keys and values to travel. "
+                f"Use 'allgather' or 'alltoall'."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelismConfig:
+    """Number of processes along each axis of parallelism. Their product is the number of processes launched.
+
+    Neighbouring ranks differ along ``tp`` first, then ``sp``, ``cp``, ``dp_shard`` and ``dp_replicate``.
+    """
+
+    dp_replicate_size: int = 1
+    """Copies of the model; gradients are averaged over them."""
+    dp_shard_size: int = 1
+    """Processes that share one copy of the model in shards (FSDP2) and see different data."""
+    tp_size: int = 1
+    """Tensor parallel: processes that share each matrix multiplication."""
+    cp_size: int = 1
+    """Context parallel: processes that share one sequence, and exchange keys and values."""
+    sp_size: int = 1
+    """Sequence parallel (Ulysses): processes that share one sequence, and exchange heads for tokens in attention."""
+    cp_backend: ContextBackend = "native"
+    """``"native"`` gathers keys and values on any device; ``"torch"`` is torch's ring attention, on CUDA only."""
+    sp_backend: SequenceBackend = "native"
+    """How heads are exchanged for tokens: ``"native"``, by ``all_to_all`` on any device."""
+    cp_handler: TorchContextParallelConfig | None = None
+    """Options of ``cp_backend="torch"``; refused with another."""
+    tp_plan: dict[str, str] | None = None
+    """How modules are divided along ``tp``, by pattern of their names; ``None`` takes the plan that the model brings."""
+    loss_parallel: bool = False
+    """Whether a tensor-parallel output layer leaves logits divided by vocabulary, for a loss that takes them so."""
+
+    def __post_init__(self) -> None:
+        self.mesh_shape()
+        for name, value, known in (
+            ("cp_backend", self.cp_backend, get_args(ContextBackend)),
+            ("sp_backend", self.sp_backend, get_args(SequenceBackend)),
+        ):
+            if value not in known:
+                raise ConfigError(
+                    f"`{name}={value!r}` is not available in this version. Use {' or '.join(map(repr, known))}."
+                )
+        self._refuse_without_effect()
+
+    def mesh_shape(self) -> MeshShape:
+        """The mesh that these sizes make.
+
+        Raises:
+            ConfigError: for a size that is no number of processes.
+        """
+        return MeshShape(
+            dp_replicate=self.dp_replicate_size,
+            dp_shard=self.dp_shard_size,
+            cp=self.cp_size,
+            sp=self.sp_size,
+            tp=self.tp_size,
+        )
+
+    @property
+    def total_size(self) -> int:
+        """Processes altogether."""
+        return self.mesh_shape().size
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse a world of another size.
+
+        Raises:
+            ConfigError: with the product that the sizes make, and how to change it.
+        """
+        if self.total_size == world_size:
+            return
+        sizes = " x ".join(f"{name}={getattr(self, name)}" for name in _SIZES if getattr(self, name) > 1) or "1"
+        rest = self.total_size // self.dp_shard_size
+        fits = world_size % rest == 0
+        remedy = f"Set `dp_shard_size={world_size // rest}`, or launch" if fits else "Launch"
+        raise ConfigError(
+            f"`ParallelismConfig` asks for {sizes} = {self.total_size} process(es), but the world has {world_size}. "
+            f"{remedy} {self.total_size}."
+        )
+
+    def _refuse_without_effect(self) -> None:
+        problems: tuple[tuple[str, Any, bool, str], ...] = (
+            ("cp_backend", self.cp_backend, self.cp_backend != "native" and self.cp_size == 1, "`cp_size=1`"),
+            ("cp_handler", self.cp_handler, self.cp_handler is not None and self.cp_backend != "torch",
+             f"`cp_backend={self.cp_backend!r}`, which has no options"),
+            ("tp_plan", self.tp_plan, self.tp_plan is not None and self.tp_size == 1, "`tp_size=1`"),
+            ("loss_parallel", self.loss_parallel, self.loss_parallel and self.tp_size == 1, "`tp_size=1`"),
+        )  # fmt: skip
+        for name, value, without_effect, because in problems:
+            if without_effect:
+                raise ConfigError(f"`{name}={value!r}` has no effect with {because}. Leave it out, or change that.")
+        if self.cp_size > 1 and self.sp_size > 1:
+            raise ConfigError(
+                f"`cp_size={self.cp_size}` and `sp_size={self.sp_size}` would divide one sequence in two ways, and "
+                f"attention can be exchanged in one. Set one of them to 1."
+            )
+
+
+_SIZES = ("dp_replicate_size", "dp_shard_size", "cp_size", "sp_size", "tp_size")
