@@ -21,6 +21,8 @@ class ProcessView:
 
     process: Process
     """The open process."""
+    _triggered = False
+    """Whether `set_trigger` was called here since the last `check_trigger` that found any."""
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +72,25 @@ class ProcessView:
     def wait_for_everyone(self) -> None:
         """Wait until all processes are here. Every rank must call this."""
         self._together("wait_for_everyone").barrier()
+
+    def set_trigger(self) -> None:
+        """Let the next `check_trigger` be true on every process, as where one of them found a loss of NaN.
+
+        Exchanges nothing: any process may call it, at any time.
+        """
+        self._triggered = True
+
+    def check_trigger(self) -> bool:
+        """Whether any process called `set_trigger` since the last check that was true. Every rank must call this.
+
+        One number is exchanged, and waited for, so check once a step or less. Once true, all triggers are reset.
+        """
+        process = self._together("check_trigger")
+        flag = torch.tensor(int(self._triggered), dtype=torch.int32, device=process.device)
+        if not collectives.reduce(flag, "max", process=process).item():
+            return False
+        self._triggered = False
+        return True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """``print`` on the main process of each node; nothing elsewhere."""
