@@ -5,6 +5,7 @@ Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Train
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from accel_parallel.plugins import DDPCommunicationHookType, DistributedDataParallelKwargs
 from accel_parallel.single import SingleStrategy
@@ -20,6 +22,8 @@ from accel_parallel.strategy import Bundle
 from accel_state.errors import ConfigError
 from accel_state.process import Process
 
+from accel_state.protocols import LossScaler
+from accel_state.topology import Axis
 __all__ = ["DDPStrategy"]
 
 _DDP_ARGUMENTS = (
@@ -55,6 +59,10 @@ class DDPStrategy(SingleStrategy):
 
     @property
     def average_size(self) -> int:
+        self._due: list[DistributedDataParallel] = []
+        """Models whose next backward exchanges gradients, whatever their forward was told."""
+        self._unproven: list[weakref.ref[DistributedDataParallel]] = []
+        """Models of which no exchange of all gradients has been seen yet."""
         return self.process.topology.world_size
 
     def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
@@ -80,6 +88,22 @@ class DDPStrategy(SingleStrategy):
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         if self._joining:
             raise ConfigError(
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        for model in self._due:
+            # What a forward outside `no_sync` does: from here on, the reducer waits for every gradient.
+            model.reducer.prepare_for_backward([loss] if model.find_unused_parameters else [])
+        super().backward(loss, **kwargs)
+
+    def step(self, optimizer: Optimizer, *, scaler: LossScaler, closure: Callable[[], Any] | None = None) -> bool:
+        """As of every strategy.
+
+        Raises:
+            ConfigError: before the first step of a model some of whose parameters got no gradient.
+        """
+        if self._unproven:
+            self._prove(optimizer)
+        return super().step(optimizer, scaler=scaler, closure=closure)
+
                 "`no_sync` was called inside the block for uneven inputs, and a rank that is through would take its "
                 "gradients along. Use `accumulate`, which exchanges every micro-batch there."
             )
@@ -88,6 +112,30 @@ class DDPStrategy(SingleStrategy):
     @contextmanager
     def join(self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None) -> Iterator[None]:
         """As of every strategy, by DDP's own stand-ins.
+    @contextmanager
+    def sync_in_backward(self, model: nn.Module) -> Iterator[None]:
+        """As of every strategy.
+
+        Raises:
+            ConfigError: under ``static_graph``, which takes each backward for the one that it saw first.
+        """
+        wrapped = super().unwrap(model)
+        if not isinstance(wrapped, DistributedDataParallel):
+            yield
+            return
+        if self.options.static_graph:
+            raise ConfigError(
+                "`static_graph=True` was set, and DDP then counts on each forward and backward to be like the first "
+                "ones, so an exchange cannot be asked for in between. Leave `static_graph` out, or let `accumulate` "
+                "decide when gradients are exchanged."
+            )
+        self._due.append(wrapped)
+        try:
+            yield
+        finally:
+            self._due.remove(wrapped)
+            wrapped.require_forward_param_sync = True  # buffers are sent again, as after any exchange
+
 
         Raises:
             ConfigError: for a model that DDP does not wrap or whose forward waits for all ranks, for a communication
@@ -157,8 +205,33 @@ class DDPStrategy(SingleStrategy):
         return wrapped
 
     def _register_hook(self, wrapped: DistributedDataParallel) -> None:
+        if not self.options.find_unused_parameters and not self.options.static_graph:
+            self._unproven.append(weakref.ref(wrapped))
         kinds, hook, wrapper = DDPCommunicationHookType, self.options.comm_hook, self.options.comm_wrapper
         if hook is kinds.NO and wrapper is kinds.NO:
+    def _prove(self, optimizer: Optimizer) -> None:
+        """Look at the first exchange of each model that `optimizer` steps; DDP itself tells only in the next forward.
+
+        A bucket with a missing gradient is never exchanged, and the others in it stay those of this rank alone.
+        """
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for reference in list(self._unproven):
+            model = reference()
+            if model is not None and not self._is_proven(model, stepped):
+                continue
+            self._unproven.remove(reference)
+
+    def _is_proven(self, model: DistributedDataParallel, stepped: set[int]) -> bool:
+        if not model.require_backward_grad_sync or not any(id(each) in stepped for each in model.parameters()):
+            return False
+        trained = [(name, each) for name, each in model.module.named_parameters() if each.requires_grad]
+        missing = [name for name, each in trained if each.grad is None]
+        try:
+            model._check_reducer_finalized()
+        except RuntimeError as error:
+            raise _without_gradient(model, missing, self.process.topology.rank) from error
+        return len(missing) < len(trained)
+
             return
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
@@ -183,3 +256,14 @@ class DDPStrategy(SingleStrategy):
                 f"`comm_hook={hook.value!r}` with `comm_wrapper={wrapper.value!r}` cannot be used on "
                 f"{self.process.device} with the {dist.get_backend()} backend ({error}). Use fp16, or leave it out."
             ) from error
+
+
+def _without_gradient(model: DistributedDataParallel, names: Sequence[str], rank: int) -> ConfigError:
+    shown = ", ".join(f"`{name}`" for name in names[:5]) or "Some parameters"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ConfigError(
+        f"{shown}{more} of {type(model.module).__name__} got no gradient in the backward before the first step on rank "
+        f"{rank}, and DDP then leaves the gradients around them unexchanged, so that the ranks would part. Freeze what "
+        f"is not used with `requires_grad_(False)` before `prepare`, or, where it changes what is used, set "
+        f"`DistributedDataParallelKwargs(find_unused_parameters=True)`."
+    )

@@ -81,6 +81,9 @@ class SingleStrategy:
         return scaler.step(optimizer, optimizer.step)
 
     def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
         return {name: value for name, value in self.unwrap(model).state_dict().items() if _is_tensor(name, value)}
 
     def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -96,6 +96,12 @@ class Strategy(Protocol):
     def clip_grad_norm_(
         self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
     ) -> torch.Tensor:
+    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """While open, `backward` exchanges the gradients of `model`, also those of forwards inside `no_sync`.
+
+        What is exchanged is what the parameters hold by then, earlier micro-batches included.
+        """
+
         """Scale the gradients so that their common norm is at most `max_norm`. Returns the norm before, a scalar."""
 
     def grad_norm(self, parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
