@@ -9,7 +9,7 @@ from accel_parallel import DDPCommunicationHookType, DistributedDataParallelKwar
 from accel_parallel.select import BUILT_IN
 from accel_parallel.testing import SCENARIOS, check_contract, reference_trace
 
-WORLDS = {"single": (1,), "ddp": (2, 3)}
+WORLDS = {"single": (1,), "ddp": (2, 3), "fsdp": (2, 1, 3)}
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
 

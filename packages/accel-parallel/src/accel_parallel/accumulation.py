@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from accel_parallel.clip import gradients_of
+from accel_parallel.clip import gradients_of, scale_gradients_
 from accel_parallel.plugins import GradientAccumulationPlugin
 from accel_parallel.strategy import Strategy
 from accel_state.errors import ConfigError
@@ -118,7 +118,7 @@ class Window:
     def correct_mean(self) -> None:
         """At the end: the window held fewer micro-batches than its losses were divided by."""
         if self._kind == "micro-batches" and self.divisor != self.micro_steps:
-            _multiply(self.parameters, self.divisor / self.micro_steps)
+            scale_gradients_(gradients_of(self.parameters), self.divisor / self.micro_steps)
             self.divisor = self.micro_steps  # another loss of this same micro-batch is divided rightly at once
 
     def add_items(self, num_items: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ class Window:
         assert self._items is not None
         assert self._reference is not None
         total = _at_least_one(strategy.sum_over_data(self._items))
-        _multiply(self.parameters, self._reference / total)
+        scale_gradients_(gradients_of(self.parameters), self._reference / total)
         self._items = self._reference = None
         return total
 
@@ -379,18 +379,3 @@ def _power_of_two(total: torch.Tensor) -> torch.Tensor:
     """The least power of two above a positive number."""
     _, exponent = torch.frexp(total)
     return torch.ldexp(torch.ones_like(total), exponent)
-
-
-def _multiply(parameters: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
-    gradients = gradients_of(parameters)
-    if not gradients:
-        return
-    with torch.no_grad():
-        if isinstance(factor, torch.Tensor):
-            by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-            for gradient in gradients:
-                by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-            for (device, dtype), group in by_kind.items():
-                torch._foreach_mul_(group, factor.to(device=device, dtype=dtype))
-        else:
-            torch._foreach_mul_(gradients, factor)

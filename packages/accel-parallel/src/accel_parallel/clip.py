@@ -6,9 +6,13 @@ from collections.abc import Iterable
 
 import torch
 
+from accel_parallel.sharded import local_of
 from accel_state.errors import ConfigError
 
-__all__ = ["check_clip", "gradients_of"]
+__all__ = ["check_clip", "clip_to_norm_", "gradients_of", "scale_gradients_"]
+
+_EPSILON = 1e-6
+"""Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
 
 
 def gradients_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -28,3 +32,20 @@ def check_clip(max_norm: float, norm_type: float) -> None:
         )
     if not norm_type > 0:
         raise ConfigError(f"`norm_type={norm_type}` does not define a norm. Give a positive number, or `inf`.")
+
+
+def clip_to_norm_(gradients: Iterable[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale `gradients`, whose common norm is `norm`, so that it is at most `max_norm`."""
+    scale_gradients_(gradients, (max_norm / (norm + _EPSILON)).clamp(max=1.0))
+
+
+def scale_gradients_(gradients: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
+    """Multiply gradients in place, divided ones part by part; a tensor as `factor` is a scalar."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    with torch.no_grad():
+        for gradient in gradients:
+            local = local_of(gradient)
+            kinds.setdefault((local.device, local.dtype), []).append(local)
+        for (device, dtype), members in kinds.items():
+            by = factor.to(device=device, dtype=dtype) if isinstance(factor, torch.Tensor) else factor
+            torch._foreach_mul_(members, by)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from accel_state.process import Process
-from accel_state.topology import AXES, Axis
+from accel_state.topology import AXES, Axis, MeshShape, Topology
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,15 +27,16 @@ class Mesh:
     ``shard`` joins the axes dp_shard, cp and sp into one, since parameters are divided along all of them alike.
     """
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, shape: MeshShape | None = None) -> None:
         """Every rank must call this.
 
         Args:
             process: the open process, with a group.
+            shape: how to divide the world; by default as the process's topology says.
         """
         from torch.distributed.device_mesh import init_device_mesh
 
-        self.topology = topology = process.topology
+        self.topology = topology = replace(process.topology, mesh=shape or process.topology.shape)
         shape = topology.shape
         device_type = process.device.type
         sharing = 1
@@ -54,9 +56,10 @@ class Mesh:
         self.average_size = shape.dp_replicate * sharing
         """Over how many ranks gradients are averaged: those whose tokens differ."""
         self._groups: dict[Axis, dist.ProcessGroup] = {}
-        for axis in ("cp", "sp"):
+        axes: tuple[Axis, ...] = ("cp", "sp")
+        for axis in axes:
             if shape.size_of(axis) > 1:
-                self._groups[axis] = _group_along(process, axis)
+                self._groups[axis] = _group_along(topology, axis)
         self._loss_group = self._make_loss_group()
 
     def group(self, axis: Axis) -> dist.ProcessGroup:
@@ -98,9 +101,8 @@ class Mesh:
         return own
 
 
-def _group_along(process: Process, axis: Axis) -> dist.ProcessGroup:
+def _group_along(topology: Topology, axis: Axis) -> dist.ProcessGroup:
     """The group of this rank along `axis`; every rank makes every such group, in one order."""
-    topology = process.topology
     own: dist.ProcessGroup | None = None
     for ranks in sorted({topology.at(rank).ranks_along(axis) for rank in range(topology.world_size)}):
         group = dist.new_group(list(ranks))

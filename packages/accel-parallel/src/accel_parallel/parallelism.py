@@ -53,7 +53,8 @@ class ParallelismConfig:
     cp_handler: TorchContextParallelConfig | None = None
     """Options of ``cp_backend="torch"``; refused with another."""
     tp_plan: dict[str, str] | None = None
-    """How modules are divided along ``tp``, by pattern of their names; ``None`` takes the plan that the model brings."""
+    """How modules are divided along ``tp``, by pattern of their names; ``None`` takes the plan that the model
+    brings."""
     loss_parallel: bool = False
     """Whether a tensor-parallel output layer leaves logits divided by vocabulary, for a loss that takes them so."""
 

@@ -11,10 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from accel_parallel.clip import check_clip, gradients_of
+from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import CheckpointError
 from accel_state.process import Process
 from accel_state.protocols import LossScaler
+from accel_state.topology import Axis
 
 __all__ = ["SingleStrategy"]
 
@@ -26,19 +28,40 @@ class SingleStrategy:
     owns: frozenset[Duty] = frozenset()
     options_type: type | None = None
 
-    def __init__(self, process: Process, *, place: bool = True, options: None = None) -> None:
+    axes: frozenset[Axis] = frozenset()
+    exchanges_each_batch = False
+    reduce_found_inf: Callable[[torch.Tensor], None] | None = None
+
+    def __init__(
+        self,
+        process: Process,
+        *,
+        place: bool = True,
+        options: None = None,
+        parallelism: ParallelismConfig | None = None,
+    ) -> None:
         """
         Args:
             process: the open process, whose device is used.
             place: whether to move models to the device; without it they must be there already.
             options: this strategy has none.
+            parallelism: what was asked for besides the sizes of the mesh, which the process's topology has.
         """
         self.process = process
         self.place = place
+        self.parallelism = parallelism or ParallelismConfig()
 
     @property
     def average_size(self) -> int:
         return 1
+
+    @property
+    def fills_meta(self) -> bool:
+        return False
+
+    @property
+    def state_layout(self) -> str:
+        return "full"
 
     def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
         return value
@@ -56,6 +79,9 @@ class SingleStrategy:
         loss.backward(**kwargs)  # type: ignore[no-untyped-call, unused-ignore]
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def join(
@@ -81,14 +107,20 @@ class SingleStrategy:
         return scaler.step(optimizer, optimizer.step)
 
     def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return nullcontext()
-
         return {name: value for name, value in self.unwrap(model).state_dict().items() if _is_tensor(name, value)}
 
     def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         inner = self.unwrap(model)
-        present = self.model_state(inner)
+        self.check_model_state(self.model_state(inner), state)
+        inner.load_state_dict(dict(state), strict=True)
+
+    @staticmethod
+    def check_model_state(present: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+        """Refuse a saved state that does not fit the one of the model, naming what differs.
+
+        Raises:
+            CheckpointError: for another name, shape or dtype.
+        """
         _refuse_other_names("the model", set(present), set(state))
         for name, tensor in state.items():
             if tensor.shape != present[name].shape:
@@ -103,7 +135,6 @@ class SingleStrategy:
                     "would "
                     f"round it without a word. Build the model in {tensor.dtype}."
                 )
-        inner.load_state_dict(dict(state), strict=True)
 
     def optimizer_state(self, optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> OptimizerState:
         groups = [
@@ -146,7 +177,7 @@ class SingleStrategy:
         )
         _restore_dtypes(optimizer, names, state)
 
-    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def full_state(self, model: nn.Module, *, everywhere: bool = True) -> dict[str, torch.Tensor]:
         return self.model_state(model)
 
     def unwrap(self, model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from accel_state.protocols import LossScaler
+from accel_state.topology import Axis
 
 __all__ = ["Bundle", "Duty", "OptimizerState", "Strategy"]
 
@@ -55,13 +56,29 @@ class Strategy(Protocol):
 
     The `Accelerator` calls it, never branching on which one it is. ``prepare``, the state functions and
     ``clip_grad_norm_`` are called by every rank, in the same order; so is ``backward`` while gradients are exchanged.
-    Made by ``cls(process, place=..., options=...)``.
+    Made by ``cls(process, place=..., options=..., parallelism=...)``.
     """
 
     name: str
     owns: frozenset[Duty]
     options_type: type | None
     """Class of the options that users may pass for it; its constructor takes an instance as ``options``."""
+    axes: frozenset[Axis]
+    """Axes of the mesh along which it can divide the world."""
+    exchanges_each_batch: bool
+    """Whether gradients are exchanged after each micro-batch of a window unless the user says otherwise: cheaper in
+    memory where gradients are sharded, while keeping them local needs a whole copy."""
+    reduce_found_inf: Callable[[torch.Tensor], None] | None
+    """For the loss scaler: makes a flag greater than zero on all ranks where it is on any; ``None`` where all ranks
+    hold equal gradients and so agree."""
+
+    @property
+    def fills_meta(self) -> bool:
+        """Whether `prepare` gives values to parameters on the meta device."""
+
+    @property
+    def state_layout(self) -> str:
+        """``"full"``: the main process saves whole tensors; ``"sharded"``: each rank saves its parts."""
 
     @property
     def average_size(self) -> int:
@@ -78,6 +95,12 @@ class Strategy(Protocol):
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """While open, forward and backward through `model` keep gradients local."""
+
+    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """While open, `backward` exchanges the gradients of `model`, also those of forwards inside `no_sync`.
+
+        What is exchanged is what the parameters hold by then, earlier micro-batches included.
+        """
 
     def join(
         self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None
@@ -96,12 +119,6 @@ class Strategy(Protocol):
     def clip_grad_norm_(
         self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
     ) -> torch.Tensor:
-    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """While open, `backward` exchanges the gradients of `model`, also those of forwards inside `no_sync`.
-
-        What is exchanged is what the parameters hold by then, earlier micro-batches included.
-        """
-
         """Scale the gradients so that their common norm is at most `max_norm`. Returns the norm before, a scalar."""
 
     def grad_norm(self, parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
@@ -124,8 +141,14 @@ class Strategy(Protocol):
     ) -> None:
         """Put it back. Raises `CheckpointError` naming the parameters that do not fit."""
 
-    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The whole model by fully qualified name, gathered where it is sharded."""
+    def full_state(self, model: nn.Module, *, everywhere: bool = True) -> dict[str, torch.Tensor]:
+        """The whole model by fully qualified name, gathered where it is sharded.
+
+        Args:
+            model: a prepared one.
+            everywhere: ``False`` gathers tensor by tensor into the main process's host memory, and gives others nothing
+                where that needs gathering.
+        """
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The module that the user handed in."""

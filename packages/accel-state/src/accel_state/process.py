@@ -144,6 +144,18 @@ class Process:
             return DistributedType.NO
         return DistributedType(f"MULTI_{self.kind.label}")
 
+    def require_group(self) -> None:
+        """Make the process group that a world of one is otherwise spared, for what cannot do without one."""
+        if not dist.is_initialized():
+            dist.init_process_group(
+                backend=self.settings.backend or self.kind.backend,
+                store=dist.HashStore(),  # type: ignore[attr-defined] # public by its documentation
+                rank=0,
+                world_size=1,
+                device_id=self.device if self.kind.type == "cuda" else None,
+            )
+            self._owns_group = True
+
     def barrier(self) -> None:
         """Wait for all ranks. Every rank must call this. Once closed there is nobody to wait for."""
         if self.topology.world_size > 1 and not self.is_closed:

@@ -16,6 +16,7 @@ from accel_parallel.optimizer import PreparedOptimizer
 from accel_parallel.plugins import GradientAccumulationPlugin
 from accel_parallel.scheduler import PreparedScheduler
 from accel_parallel.select import strategy_class
+from accel_parallel.sharded import local_of, whole
 from accel_parallel.strategy import Bundle, Duty, Strategy
 from accel_parallel.testing.reference import MAX_NORM, Step, Trace, reference_trace
 from accel_parallel.testing.scenarios import SCENARIOS, Scenario, batch, build, loss_of, taking_part
@@ -108,16 +109,16 @@ def whole_gradients(strategy: Strategy, model: nn.Module) -> dict[str, torch.Ten
     found = {}
     for name, parameter in strategy.unwrap(model).named_parameters():
         if parameter.grad is not None:
-            gather = getattr(parameter.grad, "full_tensor", parameter.grad.clone)
-            found[name] = gather()
+            found[name] = whole(parameter.grad).clone()
     return found
 
 
 class _Scaler:
     """A loss scaler as simple as can be: a constant scale, one flag. Counts nothing and never adapts."""
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self, *, enabled: bool, reduce_found_inf: Callable[[torch.Tensor], None] | None) -> None:
         self.enabled = enabled
+        self.reduce_found_inf = reduce_found_inf
         self._finite: dict[int, bool] = {}
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
@@ -125,9 +126,12 @@ class _Scaler:
 
     def unscale_(self, optimizer: Optimizer, gradients: Iterable[torch.Tensor]) -> None:
         if id(optimizer) not in self._finite:
-            gradients = list(gradients)
-            torch._foreach_div_(gradients, 1024.0)
-            self._finite[id(optimizer)] = all(bool(gradient.isfinite().all()) for gradient in gradients)
+            parts = [local_of(gradient) for gradient in gradients]
+            torch._foreach_div_(parts, 1024.0)
+            found = torch.tensor(float(not all(bool(part.isfinite().all()) for part in parts)))
+            if self.reduce_found_inf is not None:
+                self.reduce_found_inf(found)
+            self._finite[id(optimizer)] = found.item() == 0.0
 
     def step(self, optimizer: Optimizer, step: Callable[[], Any]) -> bool:
         finite = self._finite.pop(id(optimizer))
@@ -151,7 +155,7 @@ class _Run:
         self.rank = Process.current().topology.rank
         plugin = GradientAccumulationPlugin(num_steps=scenario.num_steps, sync_each_batch=scenario.sync_each_batch)
         self.accumulation = Accumulation(plugin, strategy)
-        self.scaler = _Scaler(enabled=bool(scenario.poisoned))
+        self.scaler = _Scaler(enabled=bool(scenario.poisoned), reduce_found_inf=strategy.reduce_found_inf)
         models, optimizers = build(scenario.num_models, dtype)
         bundle = strategy.prepare(Bundle(tuple(models), tuple(optimizers)))
         self.models = bundle.models

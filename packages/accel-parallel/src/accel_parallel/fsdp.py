@@ -1,0 +1,333 @@
+"""Sharded data parallel, alone or with tensor, context and sequence parallel: FSDP2 over one mesh of processes.
+
+Each process holds a part of every parameter, gradient and optimizer state; a unit's parameters are gathered when it
+computes, and its gradients reduced to the owners of their parts. Rajbhandari et al., "ZeRO", arXiv:1910.02054; Zhao et
+al., "PyTorch FSDP", arXiv:2304.11277; torch's `fully_shard` does the work.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from accel_parallel.clip import check_clip, clip_to_norm_, gradients_of
+from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.fsdp_units import check_shardable, ignored_parameters, plan_units
+from accel_parallel.mesh import Mesh
+from accel_parallel.parallelism import ParallelismConfig
+from accel_parallel.sharded import is_sharded, like, local_of, part_of, total_norm, whole
+from accel_parallel.single import SingleStrategy
+from accel_parallel.strategy import Bundle, OptimizerState
+from accel_parallel.weights import AsTheyAre, FromFiles, FromRankZero, WeightSource
+from accel_state.errors import ConfigError
+from accel_state.process import Process
+from accel_state.topology import Axis, MeshShape
+
+__all__ = ["FSDPStrategy"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FSDPStrategy(SingleStrategy):
+    """Shards every model over the processes of its mesh; those along other axes compute their part of each sample.
+
+    With no mesh asked for, all processes share one copy. With ``dp_replicate``, each group of ``dp_shard`` shares one.
+    """
+
+    name = "fsdp"
+    options_type = FullyShardedDataParallelPlugin
+    axes: frozenset[Axis] = frozenset({"dp_replicate", "dp_shard", "cp", "sp", "tp"})
+    exchanges_each_batch = True
+
+    def __init__(
+        self,
+        process: Process,
+        *,
+        place: bool = True,
+        options: FullyShardedDataParallelPlugin | None = None,
+        parallelism: ParallelismConfig | None = None,
+    ) -> None:
+        """Every rank must call this: it makes the process groups of the mesh."""
+        if not place:
+            raise ConfigError(
+                "`device_placement=False` leaves models where they are, and shards live on the process's device. "
+                "Leave it out with FSDP."
+            )
+        super().__init__(process, options=None, parallelism=parallelism)
+        self.options = options or FullyShardedDataParallelPlugin()
+        process.require_group()
+        self.mesh = Mesh(process, _shape(process, self.options))
+
+    @property
+    def average_size(self) -> int:
+        return self.mesh.average_size
+
+    @property
+    def fills_meta(self) -> bool:
+        return self.options.cpu_ram_efficient_loading or self.options.weights_path is not None
+
+    @property
+    def state_layout(self) -> str:
+        return "sharded" if self.options.state_dict_type == "SHARDED_STATE_DICT" else "full"
+
+    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        return self.mesh.sum_over_data(value)
+
+    def reduce_found_inf(self, found: torch.Tensor) -> None:
+        """Greater than zero on all ranks where it is on any. Every rank must call this."""
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+
+    def prepare(self, bundle: Bundle) -> Bundle:
+        """As of every strategy. Every rank must call this.
+
+        Raises:
+            ConfigError: for what cannot be sharded; nothing is changed then.
+        """
+        source = self._source()
+        plans = []
+        for model in bundle.models:
+            _refuse_sharded(model)
+            ignored = ignored_parameters(model, self.options)
+            units = plan_units(model, self.options, ignored=ignored)
+            check_shardable(model, units, ignored)
+            source.check(model)
+            plans.append((model, units, ignored))
+        places = {
+            parameter: (index, name)
+            for index, model in enumerate(bundle.models)
+            for name, parameter in model.named_parameters()
+        }
+        for model, units, ignored in plans:
+            self._shard(model, units, ignored, source)
+        sharded = [dict(model.named_parameters()) for model in bundle.models]
+        for optimizer in bundle.optimizers:
+            _follow(optimizer, {old: sharded[index][name] for old, (index, name) in places.items()})
+        return bundle
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return _keep_local(model)
+
+    def join(
+        self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """Refused: a rank without inputs still has to gather its parts for the others."""
+        raise ConfigError(
+            "`join_uneven_inputs` was entered with sharded models, whose every forward needs all ranks, so that one "
+            "without a batch would stop the others. Train with even batches, and pass `num_items` where repeated "
+            "samples must not count."
+        )
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    ) -> torch.Tensor:
+        check_clip(max_norm, norm_type)
+        gradients = gradients_of(parameters)
+        norm = total_norm(gradients, norm_type)
+        clip_to_norm_(gradients, norm, max_norm)
+        return norm
+
+    def grad_norm(self, parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+        return total_norm(gradients_of(parameters), norm_type)
+
+    def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        _reshard(self.unwrap(model))
+        return super().model_state(model)
+
+    def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        present = self.model_state(model)
+        self.check_model_state(present, state)
+        with torch.no_grad():
+            for name, value in state.items():
+                local_of(present[name]).copy_(_own_part(value, present[name]))
+
+    def load_optimizer_state(
+        self, optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: OptimizerState
+    ) -> None:
+        parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+        own = {
+            name: {key: _as_divided(value, parameters.get(name)) for key, value in entries.items()}
+            for name, entries in state.state.items()
+        }
+        super().load_optimizer_state(optimizer, names, OptimizerState(state=own, groups=state.groups))
+
+    def full_state(self, model: nn.Module, *, everywhere: bool = True) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = {}
+        keeps = everywhere or self.process.topology.is_main
+        for name, value in self.model_state(model).items():
+            full = whole(value)
+            if keeps:
+                state[name] = full if everywhere else full.cpu()
+        return state
+
+    def _source(self) -> WeightSource:
+        options, device = self.options, self.process.device
+        if options.weights_path is not None:
+            return FromFiles(Path(options.weights_path), torch.device("cpu") if options.cpu_offload else device)
+        if options.sync_module_states:
+            return FromRankZero(device, fills_meta=options.cpu_ram_efficient_loading)
+        return AsTheyAre()
+
+    def _shard(
+        self, model: nn.Module, units: list[tuple[str, nn.Module]], ignored: set[nn.Parameter], source: WeightSource
+    ) -> None:
+        taken: set[int] = set()
+        settings = self._settings(ignored)
+        device = self.process.device
+        for parameter in ignored:
+            parameter.data = parameter.data.to(device)
+        for name, unit in [*units, ("", model)]:
+            fresh = [
+                (f"{name}.{key}" if name else key, tensor)
+                for key, tensor in [*unit.named_parameters(), *unit.named_buffers()]
+                if id(tensor) not in taken and not is_sharded(tensor)
+            ]
+            source.before(fresh, model)
+            held = [p for _, p in unit.named_parameters() if not is_sharded(p) and p not in ignored]
+            _fully_shard(unit, is_root=unit is model, settings=settings)
+            taken.update(id(tensor) for _, tensor in fresh)
+            for parameter in held:
+                if not parameter.is_meta:  # an optimizer may still hold it: let go of its memory now
+                    parameter.data = parameter.data.new_empty(0)
+            taken.update(id(tensor) for tensor in unit.buffers())
+        source.after(model)
+        if self.options.forward_prefetch:
+            _prefetch_forward([unit for _, unit in units[::-1]])
+
+    def _settings(self, ignored: set[nn.Parameter]) -> dict[str, Any]:
+        from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+        settings: dict[str, Any] = {
+            "mesh": self.mesh.data,
+            "mp_policy": precision_policy(self.options),
+            "reshard_after_forward": self.options.reshard_after_forward,
+        }
+        if self.options.cpu_offload:
+            settings["offload_policy"] = CPUOffloadPolicy(pin_memory=self.process.device.type != "cpu")
+        if ignored:
+            if "ignored_params" not in inspect.signature(fully_shard).parameters:
+                raise ConfigError(
+                    f"`ignored_modules` and `ignored_params` need a torch of 2.7 or newer, and this is "
+                    f"{torch.__version__}. Leave them out, or install a newer torch."
+                )
+            settings["ignored_params"] = ignored
+        return settings
+
+
+def precision_policy(options: FullyShardedDataParallelPlugin) -> Any:
+    """torch's policy for what the options say: one word, parts, or such a policy itself."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    given = options.mixed_precision_policy
+    if given is None or given == "no":
+        return MixedPrecisionPolicy()
+    if isinstance(given, str):
+        computed = _DTYPES[given]
+        return MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
+    if isinstance(given, Mapping):
+        return MixedPrecisionPolicy(**{name: _dtype(name, value) for name, value in given.items()})
+    return given
+
+
+def _dtype(name: str, value: torch.dtype | str | bool | None) -> Any:
+    known = ("param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
+    if name not in known:
+        raise ConfigError(f"`mixed_precision_policy` has no part `{name}`. Its parts are {', '.join(known)}.")
+    if not isinstance(value, str):
+        return value
+    found = _DTYPES.get(value) or getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(
+            f"`mixed_precision_policy` has `{name}={value!r}`, which is no dtype. Use bf16, fp16 or fp32, or a dtype."
+        )
+    return found
+
+
+def _shape(process: Process, options: FullyShardedDataParallelPlugin) -> MeshShape:
+    """The mesh that was asked for; without one, all processes share one copy, or those of each node where hybrid."""
+    topology = process.topology
+    if process.settings.mesh is not None:
+        return topology.shape
+    if options.hybrid:
+        return MeshShape(dp_replicate=topology.num_nodes, dp_shard=topology.local_world_size)
+    return MeshShape(dp_shard=topology.world_size)
+
+
+def _fully_shard(unit: nn.Module, *, is_root: bool, settings: Mapping[str, Any]) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    reshard = settings["reshard_after_forward"]
+    if is_root and reshard is not False:
+        reshard = None  # torch keeps the root, whose backward begins as its forward ends
+    fully_shard(unit, **{**settings, "reshard_after_forward": reshard})
+
+
+def _prefetch_forward(units: Sequence[Any]) -> None:
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            raise ConfigError(
+                f"`{name or type(model).__name__}` is sharded by `fully_shard` already, of this script or of another "
+                f"Accelerator. Pass the model before it is sharded, or leave it out of `prepare`."
+            )
+
+
+def _reshard(model: nn.Module) -> None:
+    """Give up gathered parameters: after a forward without a backward, some modules would show those."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def _keep_local(model: nn.Module) -> Iterator[None]:
+    """Gradients stay whole and local until the next backward outside."""
+    module: Any = getattr(model, "_orig_mod", model)
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+def _follow(optimizer: Optimizer, successors: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    """Let an optimizer hold the sharded parameters, its state divided as they are."""
+    for group in optimizer.param_groups:
+        # In place, for some optimizers keep a reference to the list.
+        group["params"][:] = [successors.get(parameter, parameter) for parameter in group["params"]]
+    for old in list(optimizer.state):
+        new = successors.get(old, old)
+        if new is not old:
+            entries = optimizer.state.pop(old)
+            optimizer.state[new] = {key: _as_divided(value, new) for key, value in entries.items()}
+
+
+def _as_divided(value: Any, parameter: torch.Tensor | None) -> Any:
+    """An entry of an optimizer's state as this rank holds it: divided like its parameter where it has its shape."""
+    if parameter is None or not is_sharded(parameter) or is_sharded(value):
+        return value
+    if getattr(value, "shape", None) != parameter.shape or not len(parameter.shape):
+        return value
+    own = _own_part(value, parameter)
+    return like(own.to(local_of(parameter).device, copy=True), parameter)
+
+
+def _own_part(value: Any, reference: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a value that is whole, or divided in the same way."""
+    return local_of(value) if is_sharded(value) else part_of(value, reference)

@@ -1,0 +1,165 @@
+"""Tensors that are divided over ranks, in plain terms: this rank's part, where it lies, and the whole.
+
+torch calls them ``DTensor``. Everything here takes plain tensors too, which are whole on every rank. What torch has for
+them is imported where one is at hand, since that takes longer than all of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["Box", "box_of", "is_sharded", "like", "local_of", "owns_part", "part_of", "total_norm", "whole"]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangular part of a tensor."""
+
+    offset: tuple[int, ...]
+    """Of its first element, in each dim of the whole."""
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What cuts it out of the whole."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing, as where there are more ranks than rows."""
+        return 0 in self.shape
+
+    def meet(self, other: Box) -> Box | None:
+        """What both hold; ``None`` where that is nothing."""
+        starts = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        ends = tuple(
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        )
+        if any(end <= start for start, end in zip(starts, ends, strict=True)):
+            return None
+        return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
+
+    def within(self, outer: Box) -> Box:
+        """The same part, counted from the beginning of `outer`."""
+        return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.shape)
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is one of those that are divided over ranks."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds, sharing its memory; a plain tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of it, detached. Every rank of its mesh must call this. A plain tensor comes back as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    full: torch.Tensor = tensor.full_tensor()
+    return full.detach()
+
+
+def box_of(tensor: torch.Tensor) -> Box:
+    """Which part of the whole this rank holds."""
+    if not is_sharded(tensor):
+        return Box((0,) * tensor.dim(), tuple(tensor.shape))
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if 0 in shape:  # torch places an empty part anywhere
+        return Box((0,) * len(shape), tuple(shape))
+    return Box(tuple(offset), tuple(shape))
+
+
+def owns_part(tensor: torch.Tensor) -> bool:
+    """Whether this rank is the one to write its part, where several hold the same one. Plain ones: rank 0."""
+    if not is_sharded(tensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    copies = [at for at, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()]
+    return not any(copies)
+
+
+def part_of(full: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The part of `full` that this rank holds of `reference`, which has the same shape. A view."""
+    return full[box_of(reference).slices]
+
+
+def like(local: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """This rank's part `local` as a tensor that is divided as `reference` is."""
+    if not is_sharded(reference):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    made: torch.Tensor = DTensor.from_local(
+        local,
+        reference.device_mesh,
+        reference.placements,
+        run_check=False,
+        shape=reference.shape,
+        stride=reference.stride(),
+    )
+    return made
+
+
+def total_norm(gradients: Iterable[torch.Tensor], norm_type: float) -> torch.Tensor:
+    """The common norm of gradients, a scalar, as of the whole tensors in one place. Every rank must call this.
+
+    A part that several ranks hold counts once. The norm of a union is the norm of the norms, so each kind of division
+    is reduced over the axes that it divides along, and over no others.
+    """
+    kinds: dict[Any, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        key: Any = None
+        if is_sharded(gradient):
+            gradient = _without_partial(gradient)
+            key = (gradient.device_mesh, gradient.placements)
+        kinds.setdefault(key, []).append(local_of(gradient).detach())
+    norms = [_norm_of_kind(key, members, norm_type) for key, members in kinds.items()]
+    if not norms:
+        return torch.zeros(())
+    first = norms[0]
+    all_kinds: torch.Tensor = torch.stack([norm.to(first.device, first.dtype) for norm in norms])
+    total: torch.Tensor = torch.linalg.vector_norm(all_kinds, norm_type)
+    return total
+
+
+def _norm_of_kind(key: Any, members: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:
+    present = [member for member in members if member.numel()]
+    dtype = torch.promote_types(members[0].dtype, torch.float32)
+    norm = nn.utils.get_total_norm(present, norm_type) if present else torch.zeros((), device=members[0].device)
+    norm = norm.to(dtype)
+    if key is None:
+        return norm
+    mesh, placements = key
+    largest = norm_type == float("inf")
+    power = norm if largest else norm**norm_type
+    for axis, placement in enumerate(placements):
+        if not placement.is_replicate() and mesh.size(axis) > 1:
+            dist.all_reduce(power, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=mesh.get_group(axis))
+    return power if largest else power ** (1.0 / norm_type)
+
+
+def _without_partial(gradient: DTensor) -> DTensor:
+    """Sums that are still spread over ranks, added up."""
+    if not any(placement.is_partial() for placement in gradient.placements):
+        return gradient
+    from torch.distributed.tensor import Replicate
+
+    summed = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
+    found: DTensor = gradient.redistribute(placements=summed)
+    return found
