@@ -16,14 +16,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import DDPCommunicationHookType, DistributedDataParallelKwargs
 from accel_parallel.single import SingleStrategy
 from accel_parallel.strategy import Bundle
 from accel_state.errors import ConfigError
 from accel_state.process import Process
-
 from accel_state.protocols import LossScaler
 from accel_state.topology import Axis
+
 __all__ = ["DDPStrategy"]
 
 _DDP_ARGUMENTS = (
@@ -40,6 +41,7 @@ class DDPStrategy(SingleStrategy):
 
     name = "ddp"
     options_type = DistributedDataParallelKwargs
+    axes: frozenset[Axis] = frozenset({"dp_replicate"})
 
     def __init__(
         self,
@@ -47,8 +49,9 @@ class DDPStrategy(SingleStrategy):
         *,
         place: bool = True,
         options: DistributedDataParallelKwargs | None = None,
+        parallelism: ParallelismConfig | None = None,
     ) -> None:
-        super().__init__(process, place=place)
+        super().__init__(process, place=place, parallelism=parallelism)
         if process.topology.world_size < 2:
             raise ConfigError(
                 "Data parallel was asked for in a world of one process, which has nobody to average gradients with. "
@@ -56,13 +59,13 @@ class DDPStrategy(SingleStrategy):
             )
         self.options = options or DistributedDataParallelKwargs()
         self._joining = False
-
-    @property
-    def average_size(self) -> int:
         self._due: list[DistributedDataParallel] = []
         """Models whose next backward exchanges gradients, whatever their forward was told."""
         self._unproven: list[weakref.ref[DistributedDataParallel]] = []
         """Models of which no exchange of all gradients has been seen yet."""
+
+    @property
+    def average_size(self) -> int:
         return self.process.topology.world_size
 
     def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
@@ -85,9 +88,6 @@ class DDPStrategy(SingleStrategy):
         bundle = super().prepare(bundle)
         return Bundle(tuple(self._wrap(model) for model in bundle.models), bundle.optimizers)
 
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        if self._joining:
-            raise ConfigError(
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         for model in self._due:
             # What a forward outside `no_sync` does: from here on, the reducer waits for every gradient.
@@ -104,14 +104,14 @@ class DDPStrategy(SingleStrategy):
             self._prove(optimizer)
         return super().step(optimizer, scaler=scaler, closure=closure)
 
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        if self._joining:
+            raise ConfigError(
                 "`no_sync` was called inside the block for uneven inputs, and a rank that is through would take its "
                 "gradients along. Use `accumulate`, which exchanges every micro-batch there."
             )
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
-    @contextmanager
-    def join(self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None) -> Iterator[None]:
-        """As of every strategy, by DDP's own stand-ins.
     @contextmanager
     def sync_in_backward(self, model: nn.Module) -> Iterator[None]:
         """As of every strategy.
@@ -136,6 +136,9 @@ class DDPStrategy(SingleStrategy):
             self._due.remove(wrapped)
             wrapped.require_forward_param_sync = True  # buffers are sent again, as after any exchange
 
+    @contextmanager
+    def join(self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None) -> Iterator[None]:
+        """As of every strategy, by DDP's own stand-ins.
 
         Raises:
             ConfigError: for a model that DDP does not wrap or whose forward waits for all ranks, for a communication
@@ -202,13 +205,10 @@ class DDPStrategy(SingleStrategy):
             **{name: value for name, value in given.items() if value != getattr(default, name)},
         )
         self._register_hook(wrapped)
-        return wrapped
-
-    def _register_hook(self, wrapped: DistributedDataParallel) -> None:
         if not self.options.find_unused_parameters and not self.options.static_graph:
             self._unproven.append(weakref.ref(wrapped))
-        kinds, hook, wrapper = DDPCommunicationHookType, self.options.comm_hook, self.options.comm_wrapper
-        if hook is kinds.NO and wrapper is kinds.NO:
+        return wrapped
+
     def _prove(self, optimizer: Optimizer) -> None:
         """Look at the first exchange of each model that `optimizer` steps; DDP itself tells only in the next forward.
 
@@ -232,6 +232,9 @@ class DDPStrategy(SingleStrategy):
             raise _without_gradient(model, missing, self.process.topology.rank) from error
         return len(missing) < len(trained)
 
+    def _register_hook(self, wrapped: DistributedDataParallel) -> None:
+        kinds, hook, wrapper = DDPCommunicationHookType, self.options.comm_hook, self.options.comm_wrapper
+        if hook is kinds.NO and wrapper is kinds.NO:
             return
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
