@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 
 from accel_parallel.clip import gradients_of, scale_gradients_
-from accel_parallel.plugins import GradientAccumulationPlugin
+from accel_parallel.plugins import GradientAccumulationPlugin, check_num_steps
 from accel_parallel.strategy import Strategy
 from accel_state.errors import ConfigError
 
@@ -42,6 +42,8 @@ class Window:
         "divisor",
         "fresh",
         "holds",
+        "length",
+        "local",
         "micro_steps",
         "parameters",
         "pending",
@@ -52,6 +54,10 @@ class Window:
         self.parameters = tuple(parameters)
         self.micro_steps = 0
         """Micro-batches begun in this window, the current one included; 0 before the first."""
+        self.length = 1
+        """Micro-batches after which it ends, if the epoch does not end before."""
+        self.local = False
+        """Whether each rank steps on its own gradients for now, which nobody averages."""
         self.sync = True
         """Whether the current micro-batch ends the window: gradients are exchanged and the optimizer steps."""
         self.pending = False
@@ -87,13 +93,17 @@ class Window:
             setattr(self, name, place[name])
 
     def begin(self, *, num_steps: int, remaining: int | None) -> None:
-        """A micro-batch begins, after which the epoch has `remaining` more (``None``: not known, or no epoch)."""
+        """A micro-batch begins, after which the epoch has `remaining` more (``None``: not known, or no epoch).
+
+        A new window is to hold `num_steps`; one that is not finished keeps the length that it began with.
+        """
         if self.sync:
             self.micro_steps, self._kind, self._items, self._reference = 0, None, None, None
             self.holds = False
+            self.length = num_steps
             self.divisor = num_steps if remaining is None else min(num_steps, remaining + 1)
         self.micro_steps += 1
-        self.sync = self.micro_steps >= num_steps or remaining == 0
+        self.sync = self.micro_steps >= self.length or remaining == 0
         self.fresh = False
 
     def restart(self) -> None:
@@ -138,7 +148,7 @@ class Window:
         """At the end: divide by what the window held over all ranks, and return that. Every rank must call this."""
         assert self._items is not None
         assert self._reference is not None
-        total = _at_least_one(strategy.sum_over_data(self._items))
+        total = _at_least_one(self._items if self.local else strategy.sum_over_data(self._items))
         scale_gradients_(gradients_of(self.parameters), self._reference / total)
         self._items = self._reference = None
         return total
@@ -149,7 +159,7 @@ class Window:
         return self._items is not None
 
 
-_PLACE = ("micro_steps", "sync", "pending", "fresh", "holds", "divisor", "_kind")
+_PLACE = ("micro_steps", "length", "sync", "pending", "fresh", "holds", "divisor", "_kind")
 
 
 class Accumulation:
@@ -164,6 +174,8 @@ class Accumulation:
         self._active: tuple[Window, ...] = (self._unbound,)
         self._everything: tuple[Window, ...] = self._active
         self._inside = False
+        self._counted = False
+        """Whether windows of another length than `num_steps` have been asked for."""
         self._others: list[tuple[torch.Tensor, torch.Tensor | None, int]] = []
         """Parameters of unfinished windows that the current backward must leave alone, and their gradients before."""
         self._reference: torch.Tensor | None = None
@@ -172,7 +184,7 @@ class Accumulation:
     @property
     def is_trivial(self) -> bool:
         """Whether a loss now is a window of its own, which needs neither scaling nor remembering."""
-        return self.num_steps == 1 and not self._inside
+        return self.num_steps == 1 and not self._inside and not self._counted
 
     def bind(self, parameters: Iterable[torch.Tensor]) -> Window:
         """A window for an optimizer of these parameters."""
@@ -212,13 +224,27 @@ class Accumulation:
         found = tuple(w for w in self._windows if any(id(p) in wanted for p in w.parameters))
         return found or self._everything
 
-    def enter(self, windows: Sequence[Window] | None, remaining: int | None) -> Scope:
-        """A micro-batch of these windows (all: ``None``) begins; ``with`` its result around forward, backward, step."""
+    def enter(self, windows: Sequence[Window] | None, remaining: int | None, num_steps: int | None = None) -> Scope:
+        """A micro-batch of these windows (all: ``None``) begins; ``with`` its result around forward, backward, step.
+
+        Args:
+            windows: those that the micro-batch counts in.
+            remaining: micro-batches that follow in the epoch, where that is known.
+            num_steps: micro-batches in these windows, if others than in the rest.
+
+        Raises:
+            ConfigError: if `num_steps` is no number of micro-batches.
+        """
+        if num_steps is None:
+            num_steps = self.num_steps
+        elif num_steps != self.num_steps:
+            check_num_steps(num_steps)
+            self._counted = True
         if not self.plugin.sync_with_dataloader:
             remaining = None
         active = self._everything if windows is None else tuple(windows)
         for window in active:
-            window.begin(num_steps=self.num_steps, remaining=remaining)
+            window.begin(num_steps=num_steps, remaining=remaining)
         return Scope(self, active)
 
     def scale_loss(self, loss: torch.Tensor, num_items: int | float | torch.Tensor | None = None) -> torch.Tensor:
@@ -240,6 +266,8 @@ class Accumulation:
         if num_items is not None:
             return self._by_items(loss, _as_count(num_items, loss))
         if not self._inside:
+            if self._counted:
+                self._refuse_outside()
             # The script counts by itself: the familiar meaning divides by the length it announced.
             return loss if self.num_steps == 1 else loss / self.num_steps
         divisor = self._common_divisor()
@@ -253,13 +281,21 @@ class Accumulation:
         """
         if self._others:
             self._refuse_pollution()
-        for window in self._active:
+        for window in self._reached():
             window.pending = window.fresh = window.holds = True
             if window.sync and self._inside:
                 if window.counts_items:
-                    self._reference = _power_of_two(window.correct_items(self.strategy))
+                    total = window.correct_items(self.strategy)
+                    if not window.local:  # what one rank held is no reference for all
+                        self._reference = _power_of_two(total)
                 else:
                     window.correct_mean()
+
+    def _reached(self) -> Sequence[Window]:
+        """The windows whose gradients the current backward added to."""
+        if self._inside or len(self._everything) == 1:
+            return self._active
+        return [window for window in self._everything if any(p.grad is not None for p in window.parameters)]
 
     def _watch_others(self) -> None:
         """Remember the gradients of unfinished windows that this backward is not for."""
@@ -278,6 +314,15 @@ class Accumulation:
                     f"`accumulate(...)`."
                 )
 
+    def _refuse_outside(self) -> None:
+        """A backward that belongs to no window would be added to those that are not finished, and stepped with them."""
+        if any(window.accumulating for window in self._everything):
+            raise ConfigError(
+                "`backward` was called outside `accumulate(...)` while an accumulation window is unfinished, so it is "
+                "not known whether its gradients belong to that one. Put every micro-batch inside "
+                "`with accelerator.accumulate(model):`, that of a model with windows of one as well."
+            )
+
     def _common_divisor(self) -> int:
         if len(self._active) == 1:
             return self._active[0].divisor
@@ -291,19 +336,25 @@ class Accumulation:
         return divisors.pop()
 
     def _by_items(self, loss: torch.Tensor, num_items: torch.Tensor) -> torch.Tensor:
-        ranks = self.strategy.average_size
         if not self._inside and self.num_steps > 1:
             raise ConfigError(
                 f"`backward(loss, num_items=...)` was called outside `accumulate(...)` with "
                 f"`gradient_accumulation_steps={self.num_steps}`, so where the window ends is not known. "
                 f"Put the micro-batch inside `with accelerator.accumulate(model):`."
             )
+        local = self._is_local()
+        ranks = 1 if local else self.strategy.average_size
         if all(window.sync and window.micro_steps <= 1 and window.divisor == 1 for window in self._active):
             # A window of one micro-batch: its total is known before backward, and no gradient needs correcting.
-            return loss * (ranks / _at_least_one(self.strategy.sum_over_data(num_items)))
-        if self._reference is None:
-            self._reference = _power_of_two(_at_least_one(self.strategy.sum_over_data(num_items)))
-        references = [window.add_items(num_items, self._reference) for window in self._active]
+            total = num_items if local else self.strategy.sum_over_data(num_items)
+            return loss * (ranks / _at_least_one(total))
+        if local:
+            reference = _power_of_two(_at_least_one(num_items))
+        else:
+            if self._reference is None:
+                self._reference = _power_of_two(_at_least_one(self.strategy.sum_over_data(num_items)))
+            reference = self._reference
+        references = [window.add_items(num_items, reference) for window in self._active]
         if any(reference is not references[0] for reference in references):
             raise ConfigError(
                 f"This backward reaches {len(references)} optimizers whose windows began at different micro-batches, "
@@ -311,6 +362,17 @@ class Accumulation:
                 f"one loss has one scale. Call `accumulate(model)` for each model, with a `backward` of its own inside."
             )
         return loss * (ranks / references[0])
+
+    def _is_local(self) -> bool:
+        """Whether the current windows count only what this rank holds."""
+        local = {window.local for window in self._active}
+        if len(local) > 1:
+            raise ConfigError(
+                "`backward(loss, num_items=...)` was called for a model inside `LocalSGD`, whose gradients stay on "
+                "each rank, and for one outside, whose gradients are averaged, and one loss has one scale. Call "
+                "`accumulate(model)` for each of them, with a `backward` of its own inside."
+            )
+        return local.pop()
 
 
 class Scope:

@@ -100,15 +100,24 @@ class GradientAccumulationPlugin:
     """How micro-batches make up a window, after which the optimizer steps."""
 
     num_steps: int
-    """Micro-batches in a window."""
+    """Micro-batches in a window; ``accumulate(model, num_steps=...)`` sets it for the windows of some models."""
     sync_with_dataloader: bool = True
     """Whether a window ends with the epoch, however many micro-batches it holds by then."""
     sync_each_batch: bool = False
     """Whether gradients are exchanged after every micro-batch: more traffic, less memory where they are sharded."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_steps, int) or isinstance(self.num_steps, bool) or self.num_steps < 1:
-            raise ConfigError(
-                f"`num_steps={self.num_steps!r}` is not a number of micro-batches: a window holds at least one. "
-                f"Give a positive integer."
-            )
+        check_num_steps(self.num_steps)
+
+
+def check_num_steps(num_steps: int) -> None:
+    """Refuse what is no number of micro-batches.
+
+    Raises:
+        ConfigError: unless it is a positive integer.
+    """
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+        raise ConfigError(
+            f"`num_steps={num_steps!r}` is not a number of micro-batches: a window holds at least one. "
+            f"Give a positive integer."
+        )

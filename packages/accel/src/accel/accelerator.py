@@ -265,17 +265,25 @@ class Accelerator(ProcessView):
         """
         self._engine.backward(loss, num_items, kwargs)
 
-    def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
+    def accumulate(self, *models: nn.Module, num_steps: int | None = None) -> AbstractContextManager[None]:
         """Around forward, backward, clipping and step of one micro-batch: the step happens when the window ends.
 
         Args:
             models: those that this micro-batch trains; each has a window of its own. By default all.
+            num_steps: micro-batches in the windows of these models, instead of `gradient_accumulation_steps`.
         """
-        return self._engine.accumulate(models)
+        return self._engine.accumulate(models, num_steps)
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Keep the gradients of `model` local, for a script that counts micro-batches by itself."""
         return self.strategy.no_sync(model)
+
+    def trigger_sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Around a `backward` that is to exchange the gradients of `model`, earlier ones that were kept included.
+
+        For forwards inside `no_sync` or an unfinished window, where it shows only later which backward is the last.
+        """
+        return self._engine.sync_in_backward(model)
 
     def join_uneven_inputs(
         self, joinables: Sequence[nn.Module], even_batches: bool | None = None

@@ -118,14 +118,14 @@ class Engine:
         if self._averages:
             accumulation.after_backward()
 
-    def accumulate(self, models: tuple[nn.Module, ...]) -> AbstractContextManager[None]:
-        """One micro-batch of these models (all: none given).
+    def accumulate(self, models: tuple[nn.Module, ...], num_steps: int | None = None) -> AbstractContextManager[None]:
+        """One micro-batch of these models (all: none given), in windows of `num_steps` if not those of all.
 
         Raises:
             ConfigError: for a model that is not prepared.
         """
         windows = self._windows(models) if models else None
-        scope = self.accumulation.enter(windows, self.loops.remaining)
+        scope = self.accumulation.enter(windows, self.loops.remaining, num_steps)
         for window in scope.windows:
             self.loops.feed(window, first=window.micro_steps == 1)
         if self.joining or self.strategy.average_size == 1 or self.accumulation.plugin.sync_each_batch:
@@ -136,6 +136,19 @@ class Engine:
             if not any(window.sync for window in (self._windows_of_model[id(model)] or scope.windows))
         ]
         return _Quiet(scope, [self.strategy.no_sync(self._wrapped[id(model)]) for model in quiet]) if quiet else scope
+
+    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """While open, `backward` exchanges the gradients of `model`.
+
+        Raises:
+            ConfigError: inside `LocalSGD`, whose gradients stay where they are.
+        """
+        if any(window.local for window in self._windows_of_model.get(id(model), ())):
+            raise ConfigError(
+                f"`trigger_sync_in_backward` was given a {type(model).__name__} that is inside `LocalSGD`, where each "
+                f"rank steps on its own gradients and only parameters are averaged. Leave that block first."
+            )
+        return self.strategy.sync_in_backward(model)
 
     def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float) -> torch.Tensor:
         """Clip at the end of a window; before it only measure, since the sum is not complete."""
