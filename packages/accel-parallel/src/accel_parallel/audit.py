@@ -14,8 +14,14 @@ from accel_state.errors import ConfigError
 __all__ = ["audit_model", "audit_optimizer"]
 
 
-def audit_model(model: nn.Module, *, name: str, prepared: Iterable[nn.Module]) -> None:
+def audit_model(model: nn.Module, *, name: str, prepared: Iterable[nn.Module], meta_is_filled: bool = False) -> None:
     """Refuse a model that is prepared already or holds parameters or buffers without data.
+
+    Args:
+        model: about to be prepared.
+        name: what to call it.
+        prepared: all models that are prepared, as they were given and as they were handed back.
+        meta_is_filled: whether the strategy gives values to what is on the meta device.
 
     Raises:
         ConfigError: naming the model and the tensor.
@@ -32,7 +38,7 @@ def audit_model(model: nn.Module, *, name: str, prepared: Iterable[nn.Module]) -
             f"would average its gradients twice. Pass the module inside, `model.module`."
         )
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_meta:
+        if tensor.is_meta and not meta_is_filled:
             raise ConfigError(
                 f"`{key}` of {name} ({type(model).__name__}) is on the meta device: it has a shape and no values. "
                 f"Load its weights first, for example with `load_state_dict(..., assign=True)`."

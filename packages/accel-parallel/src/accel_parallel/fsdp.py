@@ -24,7 +24,7 @@ from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
 from accel_parallel.fsdp_units import check_shardable, ignored_parameters, plan_units
 from accel_parallel.mesh import Mesh
 from accel_parallel.parallelism import ParallelismConfig
-from accel_parallel.sharded import is_sharded, like, local_of, part_of, total_norm, whole
+from accel_parallel.sharded import in_memory, is_sharded, like, local_of, part_of, total_norm, whole
 from accel_parallel.single import SingleStrategy
 from accel_parallel.strategy import Bundle, OptimizerState
 from accel_parallel.weights import AsTheyAre, FromFiles, FromRankZero, WeightSource
@@ -147,7 +147,7 @@ class FSDPStrategy(SingleStrategy):
         self.check_model_state(present, state)
         with torch.no_grad():
             for name, value in state.items():
-                local_of(present[name]).copy_(_own_part(value, present[name]))
+                local_of(present[name]).copy_(part_of(value, present[name]))
 
     def load_optimizer_state(
         self, optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: OptimizerState
@@ -321,13 +321,8 @@ def _follow(optimizer: Optimizer, successors: Mapping[torch.Tensor, torch.Tensor
 def _as_divided(value: Any, parameter: torch.Tensor | None) -> Any:
     """An entry of an optimizer's state as this rank holds it: divided like its parameter where it has its shape."""
     if parameter is None or not is_sharded(parameter) or is_sharded(value):
-        return value
+        return in_memory(value)
     if getattr(value, "shape", None) != parameter.shape or not len(parameter.shape):
-        return value
-    own = _own_part(value, parameter)
+        return in_memory(value)
+    own = part_of(value, parameter)
     return like(own.to(local_of(parameter).device, copy=True), parameter)
-
-
-def _own_part(value: Any, reference: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a value that is whole, or divided in the same way."""
-    return local_of(value) if is_sharded(value) else part_of(value, reference)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from accel_state.process import Process
-from accel_state.topology import AXES, Axis, MeshShape, Topology
+from accel_state.topology import Axis, MeshShape, Topology
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -22,10 +23,7 @@ parameters, so that nothing is gained by a copy for each (as in torchtitan's mes
 
 
 class Mesh:
-    """A world divided along axes, as groups of processes.
-
-    ``shard`` joins the axes dp_shard, cp and sp into one, since parameters are divided along all of them alike.
-    """
+    """A world divided along axes, as groups of processes."""
 
     def __init__(self, process: Process, shape: MeshShape | None = None) -> None:
         """Every rank must call this.
@@ -38,20 +36,19 @@ class Mesh:
 
         self.topology = topology = replace(process.topology, mesh=shape or process.topology.shape)
         shape = topology.shape
-        device_type = process.device.type
-        sharing = 1
-        for axis in _SHARING:
-            sharing *= shape.size_of(axis)
-        self._root = init_device_mesh(
-            device_type,
-            (shape.pp, shape.dp_replicate, sharing, shape.tp),
-            mesh_dim_names=("pp", "dp_replicate", "shard", "tp"),
+        wide = [axis for axis in _SHARING if shape.size_of(axis) > 1]
+        shard = "_".join(wide) or "dp_shard"
+        sharing = prod(shape.size_of(axis) for axis in _SHARING)
+        self.root: DeviceMesh = init_device_mesh(
+            process.device.type,
+            (shape.dp_replicate, sharing, shape.tp),
+            mesh_dim_names=("dp_replicate", shard, "tp"),
         )
-        self.data: DeviceMesh = (
-            self._root["dp_replicate", "shard"] if shape.dp_replicate > 1 else self._root["shard"]
-        )
-        """Over which `fully_shard` works: (dp_replicate, shard), or (shard) where there is one replica."""
-        self.tp: DeviceMesh | None = self._root["tp"] if shape.tp > 1 else None
+        """The whole world. Axes that share parameters are one dim, called after those that hold several ranks, such as
+        ``dp_shard`` or ``dp_shard_cp``."""
+        self.data: DeviceMesh = self.root["dp_replicate", shard] if shape.dp_replicate > 1 else self.root[shard]
+        """Over which `fully_shard` works: (dp_replicate, dp_shard), or (dp_shard) where there is one replica."""
+        self.tp: DeviceMesh | None = self.root["tp"] if shape.tp > 1 else None
         """The ranks that share each matrix, where there are several."""
         self.average_size = shape.dp_replicate * sharing
         """Over how many ranks gradients are averaged: those whose tokens differ."""
@@ -73,27 +70,15 @@ class Mesh:
             dist.all_reduce(total, group=self._loss_group)
         return total
 
-    def named(self) -> DeviceMesh:
-        """The whole world by the names of the axes that hold several ranks. Every rank must call this."""
-        from torch.distributed.device_mesh import init_device_mesh
-
-        shape = self.topology.shape
-        axes = [axis for axis in AXES if shape.size_of(axis) > 1] or ["dp_replicate"]
-        return init_device_mesh(
-            self._root.device_type, tuple(shape.size_of(axis) for axis in axes), mesh_dim_names=tuple(axes)
-        )
-
     def _make_loss_group(self) -> dist.ProcessGroup | None:
-        """The ranks at this one's place along tp and pp; the world's own group where that is everybody."""
+        """The ranks at this one's place along tp; the world's own group where that is everybody."""
         topology = self.topology
-        size = topology.shape.tp * topology.shape.pp
-        if size == 1:
+        if topology.shape.tp == 1:
             return None
         own: dist.ProcessGroup | None = None
-        places: dict[tuple[int, int], list[int]] = {}
+        places: dict[int, list[int]] = {}
         for rank in range(topology.world_size):
-            other = topology.at(rank)
-            places.setdefault((other.coord("pp"), other.coord("tp")), []).append(rank)
+            places.setdefault(topology.at(rank).coord("tp"), []).append(rank)
         for ranks in places.values():  # every rank makes every group, in one order
             group = dist.new_group(ranks)
             if topology.rank in ranks:

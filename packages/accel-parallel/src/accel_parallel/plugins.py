@@ -103,8 +103,10 @@ class GradientAccumulationPlugin:
     """Micro-batches in a window; ``accumulate(model, num_steps=...)`` sets it for the windows of some models."""
     sync_with_dataloader: bool = True
     """Whether a window ends with the epoch, however many micro-batches it holds by then."""
-    sync_each_batch: bool = False
-    """Whether gradients are exchanged after every micro-batch: more traffic, less memory where they are sharded."""
+    sync_each_batch: bool | None = None
+    """Whether gradients are exchanged after every micro-batch: more traffic, less memory where they are sharded.
+    ``None`` leaves it to the strategy: sharded models exchange each time, since a gradient that is kept local is as
+    large as the whole model; others once a window."""
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_steps)

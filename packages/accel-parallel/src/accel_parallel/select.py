@@ -8,6 +8,7 @@ from typing import Any
 
 from accel_state.config import did_you_mean
 from accel_state.errors import ConfigError
+from accel_state.topology import MeshShape
 
 __all__ = ["BUILT_IN", "select_strategy", "strategy_class"]
 
@@ -19,8 +20,16 @@ BUILT_IN: dict[str, str] = {
 """Strategies of this package, as ``module:class``. Others join by the entry-point group ``accel.strategies``."""
 
 
-def select_strategy(*, world_size: int) -> str:
-    """Name of the strategy for a world of this size, when none is asked for. Pure."""
+def select_strategy(*, world_size: int, mesh: MeshShape | None = None, fsdp: bool = False) -> str:
+    """Name of the strategy for a world, when none is asked for by name. Pure.
+
+    Args:
+        world_size: number of processes.
+        mesh: how the world is divided; copies of the model alone are DDP's, everything else is FSDP's.
+        fsdp: whether options of FSDP were given.
+    """
+    if fsdp or (mesh is not None and mesh.dp_replicate != world_size):
+        return "fsdp"
     return "single" if world_size == 1 else "ddp"
 
 

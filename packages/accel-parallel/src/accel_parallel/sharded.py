@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Box", "box_of", "is_sharded", "like", "local_of", "owns_part", "part_of", "total_norm", "whole"]
+__all__ = ["Box", "box_of", "in_memory", "is_sharded", "like", "local_of", "owns_part", "part_of", "total_norm", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,25 @@ def owns_part(tensor: torch.Tensor) -> bool:
     return not any(copies)
 
 
-def part_of(full: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The part of `full` that this rank holds of `reference`, which has the same shape. A view."""
-    return full[box_of(reference).slices]
+class _Stored(Protocol):
+    def read(self, box: Box | None = None) -> torch.Tensor: ...
+
+
+def part_of(value: torch.Tensor | _Stored, reference: torch.Tensor) -> torch.Tensor:
+    """The part of `value` that this rank holds of `reference`, which has the same shape.
+
+    Args:
+        value: whole, then a view comes back; or divided as `reference` is; or stored in files, which are read.
+        reference: a divided tensor.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value.read(box_of(reference))
+    return value.to_local() if is_sharded(value) else value[box_of(reference).slices]
+
+
+def in_memory(value: Any) -> Any:
+    """A tensor that is stored in files, read; anything else as it is."""
+    return value.read() if isinstance(getattr(value, "shape", None), torch.Size) and hasattr(value, "read") else value
 
 
 def like(local: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from accel_parallel.clip import check_clip, gradients_of
 from accel_parallel.parallelism import ParallelismConfig
+from accel_parallel.sharded import in_memory
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import CheckpointError
 from accel_state.process import Process
@@ -112,7 +113,7 @@ class SingleStrategy:
     def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         inner = self.unwrap(model)
         self.check_model_state(self.model_state(inner), state)
-        inner.load_state_dict(dict(state), strict=True)
+        inner.load_state_dict({name: in_memory(value) for name, value in state.items()}, strict=True)
 
     @staticmethod
     def check_model_state(present: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
@@ -172,10 +173,13 @@ class SingleStrategy:
             groups.append({**settings, "params": list(range(offset, offset + count))})
             offset += count
         _refuse_other_names("the optimizer", set(position), set(state.state) | set(position))
+        held = {
+            name: {key: in_memory(value) for key, value in entries.items()} for name, entries in state.state.items()
+        }
         optimizer.load_state_dict(
-            {"state": {position[name]: entries for name, entries in state.state.items()}, "param_groups": groups}
+            {"state": {position[name]: entries for name, entries in held.items()}, "param_groups": groups}
         )
-        _restore_dtypes(optimizer, names, state)
+        _restore_dtypes(optimizer, names, held)
 
     def full_state(self, model: nn.Module, *, everywhere: bool = True) -> dict[str, torch.Tensor]:
         return self.model_state(model)
@@ -206,10 +210,12 @@ def _refuse_other_parameters(present: Mapping[str, torch.Tensor], saved: Mapping
             )
 
 
-def _restore_dtypes(optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: OptimizerState) -> None:
+def _restore_dtypes(
+    optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: Mapping[str, Mapping[str, Any]]
+) -> None:
     """torch's `load_state_dict` rounds entries to the dtype of their parameter; take those that it changed anew."""
     for parameter, entries in optimizer.state.items():
-        for key, value in state.state[names[parameter]].items():
+        for key, value in state[names[parameter]].items():
             present = entries.get(key)
             if isinstance(present, torch.Tensor) and isinstance(value, torch.Tensor) and present.dtype != value.dtype:
                 entries[key] = value.to(present.device, copy=True)

@@ -28,6 +28,7 @@ class NoScaler:
     """The scaler of every precision whose gradients do not vanish: changes nothing and skips nothing."""
 
     enabled: bool = False
+    reduce_found_inf: Callable[[torch.Tensor], None] | None = None
 
     def get_scale(self) -> float:
         """Always 1."""

@@ -114,6 +114,8 @@ class LossScaler(Protocol):
     """Keeps small gradients of a float16 backward from vanishing (Micikevicius et al., arXiv:1710.03740)."""
 
     enabled: bool
+    reduce_found_inf: Callable[[torch.Tensor], None] | None
+    """Called once by each `unscale_` with a flag, to make it greater than zero on all ranks where it is on any."""
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss` times the current scale, differentiable."""

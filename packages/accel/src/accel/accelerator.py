@@ -19,12 +19,14 @@ from accel.process_view import ProcessView
 from accel.project import ProjectConfiguration
 from accel.resolve import resolve
 from accel.saving import LoadHook, SaveHook, Saving
+from accel.spreading import make_strategy, mesh_shape
 from accel.tracking import Tracking
 from accel.uneven import join_uneven_inputs
 from accel_data.configuration import DataLoaderConfiguration
 from accel_data.convert import is_loader, prepare_data_loader
+from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
-from accel_parallel.select import select_strategy, strategy_class
 from accel_parallel.strategy import Strategy
 from accel_precision.policy import precision
 from accel_precision.settings import AutocastKwargs, GradScalerKwargs
@@ -34,6 +36,7 @@ from accel_state.errors import ConfigError
 from accel_state.memory import release_memory
 from accel_state.process import Process, ProcessSettings
 from accel_state.protocols import StatefulLoader, Tracker
+from accel_state.topology import MeshShape
 from accel_track import LogWith
 
 __all__ = ["Accelerator"]
@@ -69,6 +72,8 @@ class Accelerator(ProcessView):
         project_config: ProjectConfiguration | None = None,
         log_with: LogWith = None,
         step_scheduler_with_optimizer: bool = True,
+        fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
+        parallelism_config: ParallelismConfig | None = None,
         kwargs_handlers: Sequence[KwargsHandler] = (),
     ) -> None:
         """Join the world and settle every setting. Every rank must call this.
@@ -86,6 +91,8 @@ class Accelerator(ProcessView):
             project_config: folders, and how checkpoints are named and kept.
             log_with: names of trackers, trackers, or ``"all"``.
             step_scheduler_with_optimizer: ``False`` lets every ``scheduler.step()`` through.
+            fsdp_plugin: shard models over the processes, with these options.
+            parallelism_config: how many processes each kind of parallelism gets.
             kwargs_handlers: options of the process group, DDP, autocast and the loss scaler, one of each at most.
 
         Raises:
@@ -113,7 +120,10 @@ class Accelerator(ProcessView):
             LaunchSettings.from_json(environment.run_config),
         )
         """Every setting, with its source."""
-        self.process = _open(self.config)
+        world_size = environment.topology().world_size
+        self.parallelism_config = parallelism_config
+        """How many processes each kind of parallelism was given; ``None`` where nothing was asked for."""
+        self.process = _open(self.config, mesh_shape(parallelism_config, world_size))
         self.project_configuration = _project(project_config, self.config)
         """Folders of this run."""
         self._data = dataloader_config or DataLoaderConfiguration()
@@ -121,14 +131,22 @@ class Accelerator(ProcessView):
         self._follow = step_scheduler_with_optimizer
         self._loops = Loops()
         self._loaders: list[StatefulLoader[Any]] = []
+        computed_in = precision(
+            self.config.mixed_precision,
+            device=self.process.device,
+            autocast=handlers.get(AutocastKwargs),
+            scaler=handlers.get(GradScalerKwargs),
+        )
         self._engine = Engine(
-            strategy=_strategy(self.process, place=device_placement, handlers=handlers),
-            precision=precision(
-                self.config.mixed_precision,
-                device=self.process.device,
-                autocast=handlers.get(AutocastKwargs),
-                scaler=handlers.get(GradScalerKwargs),
+            strategy=make_strategy(
+                self.process,
+                place=device_placement,
+                handlers=handlers,
+                fsdp_plugin=fsdp_plugin,
+                parallelism=parallelism_config,
+                precision=computed_in.name,
             ),
+            precision=computed_in,
             accumulation=plugin or GradientAccumulationPlugin(num_steps=self.config.gradient_accumulation_steps),
             loops=self._loops,
         )
@@ -230,9 +248,10 @@ class Accelerator(ProcessView):
     def get_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The whole model by fully qualified name, as its ``state_dict()`` would give it alone.
 
-        Every rank must call this.
+        Every rank must call this. A sharded model is gathered tensor by tensor into the host memory of the main
+        process, and the others get an empty dict.
         """
-        return self.strategy.full_state(model)
+        return self.strategy.full_state(model, everywhere=False)
 
     # A step
 
@@ -468,21 +487,16 @@ def _by_type(handlers: Sequence[KwargsHandler]) -> dict[type, Any]:
     return found
 
 
-def _open(config: RunConfig) -> Process:
+def _open(config: RunConfig, mesh: MeshShape | None) -> Process:
     return Process.open(
         ProcessSettings(
+            mesh=mesh,
             device=config.device,
             backend=config.backend,
             timeout_s=config.timeout_s,
             check_collectives=config.check_collectives,
         )
     )
-
-
-def _strategy(process: Process, *, place: bool, handlers: Mapping[type, Any]) -> Strategy:
-    made = strategy_class(select_strategy(world_size=process.topology.world_size))
-    strategy: Strategy = made(process, place=place, options=handlers.get(made.options_type))
-    return strategy
 
 
 def _project(given: ProjectConfiguration | None, config: RunConfig) -> ProjectConfiguration:

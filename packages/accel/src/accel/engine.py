@@ -46,6 +46,12 @@ class Engine:
         """Whether ranks may have left a block for uneven inputs, so that only gradients can be exchanged."""
         self._scales = precision.scaler.enabled and Duty.SCALE not in strategy.owns
         self._averages = Duty.AVERAGE not in strategy.owns
+        each = accumulation.sync_each_batch
+        self._exchanges_each_batch = strategy.average_size == 1 or (
+            strategy.exchanges_each_batch if each is None else each
+        )
+        if self._scales:
+            precision.scaler.reduce_found_inf = strategy.reduce_found_inf
         self._windows_of_model: dict[int, tuple[Window, ...]] = {}
         """By identity, of the models as they were given and as they were handed back."""
         self._wrapped: dict[int, nn.Module] = {}
@@ -61,7 +67,7 @@ class Engine:
         known = [*self.models, *(self.strategy.unwrap(model) for model in self.models)]
         for index, model in enumerate(models):
             number = len(self.models) + index
-            audit_model(model, name=f"model number {number}", prepared=known)
+            audit_model(model, name=f"model number {number}", prepared=known, meta_is_filled=self.strategy.fills_meta)
             self.precision.check(model, name="model" if number == 0 else f"model_{number}")
             known.append(model)
         for index, optimizer in enumerate(optimizers):
@@ -128,7 +134,7 @@ class Engine:
         scope = self.accumulation.enter(windows, self.loops.remaining, num_steps)
         for window in scope.windows:
             self.loops.feed(window, first=window.micro_steps == 1)
-        if self.joining or self.strategy.average_size == 1 or self.accumulation.plugin.sync_each_batch:
+        if self.joining or self._exchanges_each_batch:
             return scope
         quiet = [
             model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,14 +63,14 @@ class Saving:
     def save(self, output_dir: str | Path | None) -> Path:
         """Write a checkpoint. Every rank must call this. Returns its folder."""
         final = self._save_path(output_dir)
-        items = self._items()
+        items, parts = self._spread(self._items())
         for hook in self.save_hooks:
             hook(list(self.engine.models), [item.state for item in items if item.kind == "model"], str(final))
         owned = items if self.process.topology.is_main else []
         own_generators = files.Item(f"rng_{self.process.topology.rank}", "rng", rng_state(self.process.kind))
         step = max((optimizer.steps_taken for optimizer in self.engine.optimizers), default=0)
         files.save_checkpoint(
-            final, [*owned, own_generators], process=self.process, step=step, strategy=self.engine.strategy.name
+            final, [*owned, *parts, own_generators], process=self.process, step=step, strategy=self.engine.strategy.name
         )
         self._prune(automatic=output_dir is None)
         return final
@@ -99,6 +100,8 @@ class Saving:
     def _read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
         checkpoint = files.Checkpoint(folder)
         self._refuse_other_items(checkpoint)
+        topology = self.process.topology
+        checkpoint.verify_parts(share=topology.rank, num_shares=topology.world_size)
         states = {name: checkpoint.read(name) for name in self._names()}
         return states, self._read_generators(checkpoint), checkpoint.manifest.step
 
@@ -159,6 +162,23 @@ class Saving:
             items.append(files.Item("scaler", "scaler", engine.precision.scaler.state_dict()))
         return items
 
+    def _spread(self, items: list[files.Item]) -> tuple[list[files.Item], list[files.Item]]:
+        """Every rank must call this. What the main process writes, and the parts that this rank does."""
+        main = self.process.topology.is_main
+        whole: list[files.Item] = []
+        parts: list[files.Item] = []
+        for item in items:
+            if item.kind not in ("model", "optimizer"):
+                whole.append(item)
+            elif self.engine.strategy.state_layout == "full":
+                whole.append(replace(item, state=files.gather(item.state, keep=main)))
+            else:
+                state, own = files.divide(item.name, item.state, process=self.process)
+                whole.append(replace(item, state=state))
+                if own:
+                    parts.append(files.Item(f"{item.name}-part{self.process.topology.rank}", files.PART, own))
+        return whole, parts
+
     def _restore(self, states: dict[str, Any]) -> None:
         engine = self.engine
         names = self._parameter_names()
@@ -181,7 +201,7 @@ class Saving:
             engine.precision.scaler.load_state_dict(states["scaler"])
 
     def _refuse_other_items(self, checkpoint: files.Checkpoint) -> None:
-        saved = {name for name, record in checkpoint.items.items() if record.kind != "rng"}
+        saved = {name for name, record in checkpoint.items.items() if record.kind not in ("rng", files.PART)}
         missing, extra = sorted(set(self._names()) - saved), sorted(saved - set(self._names()))
         if missing or extra:
             parts = [

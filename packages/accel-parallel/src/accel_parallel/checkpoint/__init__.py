@@ -3,6 +3,7 @@
 ====================  ==========================================================
 `codec`               a state of any shape, split into JSON and tensors, without pickle
 `manifest`            what a checkpoint says of itself: items, files, sizes, checksums
+`parts`               tensors that are divided over ranks
 `store`               writing and reading one item's files
 `commit`              temporary folder, manifest, one rename: every rank takes part
 `layout`              names of folders, which is the latest, which may go
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from accel_parallel.checkpoint.layout import numbered_path as numbered_path
     from accel_parallel.checkpoint.layout import prune as prune
     from accel_parallel.checkpoint.manifest import Manifest as Manifest
+    from accel_parallel.checkpoint.parts import PART as PART
+    from accel_parallel.checkpoint.parts import StoredTensor as StoredTensor
+    from accel_parallel.checkpoint.parts import divide as divide
+    from accel_parallel.checkpoint.parts import gather as gather
     from accel_parallel.checkpoint.store import Checkpoint as Checkpoint
     from accel_parallel.checkpoint.store import Item as Item
 
@@ -33,6 +38,10 @@ _HOME = {
     "numbered_path": "layout",
     "prune": "layout",
     "Manifest": "manifest",
+    "PART": "parts",
+    "StoredTensor": "parts",
+    "divide": "parts",
+    "gather": "parts",
     "Checkpoint": "store",
     "Item": "store",
 }

@@ -12,6 +12,8 @@ cannot hold is written as a dict of one key that begins with ``$``:
 ``{"$counter": [[k, v], ..]}``  a ``collections.Counter`` (schedulers keep milestones in one)
 ``{"$float": "nan"}``  ``nan``, ``inf`` or ``-inf``
 ``{"$dtype": "float32"}``  a ``torch.dtype``
+``{"$parts": {..}}``  a tensor whose parts lie in other items: ``key``, ``shape``, ``dtype``, and for each part the item,
+                    where it begins and its shape
 ==================  =========================================================
 """
 
@@ -25,6 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from accel_parallel.checkpoint.parts import StoredTensor
+from accel_parallel.sharded import Box
 from accel_state.errors import CheckpointError
 
 __all__ = ["decode", "encode"]
@@ -66,6 +70,8 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
             key += "'"
         tensors[key] = value.detach()
         return {"$tensor": key}
+    if isinstance(value, StoredTensor):
+        return {"$parts": _encode_parts(value)}
     if isinstance(value, (int, np.integer)):
         return int(value)
     if isinstance(value, (float, np.floating)):
@@ -123,15 +129,31 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor], *, item: str) -> Any
     if mark == "$float":
         return float(content)
     if mark == "$dtype":
-        dtype = getattr(torch, content, None)
-        if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(
-                f"`{item}` holds the dtype `{content}`, which this torch ({torch.__version__}) does not know. "
-                f"Read it with the version that wrote it."
-            )
-        return dtype
+        return _decode_dtype(content, item)
+    if mark == "$parts":
+        parts = tuple((name, Box(tuple(offset), tuple(shape))) for name, offset, shape in content["parts"])
+        return StoredTensor(content["key"], torch.Size(content["shape"]), _decode_dtype(content["dtype"], item), parts)
     if mark in _CONTAINERS:
         return _CONTAINERS[mark](decode(content, tensors, item=item))
     raise CheckpointError(
         f"`{item}` holds the mark `{mark}`, which this version does not know. Read it with the version that wrote it."
     )
+
+
+def _decode_dtype(name: str, item: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"`{item}` holds the dtype `{name}`, which this torch ({torch.__version__}) does not know. "
+            f"Read it with the version that wrote it."
+        )
+    return dtype
+
+
+def _encode_parts(stored: StoredTensor) -> dict[str, Any]:
+    return {
+        "key": stored.key,
+        "shape": list(stored.shape),
+        "dtype": str(stored.dtype).removeprefix("torch."),
+        "parts": [[name, list(box.offset), list(box.shape)] for name, box in stored.parts],
+    }

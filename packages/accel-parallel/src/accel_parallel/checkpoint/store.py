@@ -8,14 +8,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from accel_parallel.checkpoint.codec import decode, encode
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, FileRecord, ItemRecord, Manifest, checksum
+from accel_parallel.checkpoint.parts import PART, StoredTensor, map_leaves
+from accel_parallel.sharded import Box
 from accel_state.errors import CheckpointError, ConfigError
 
 __all__ = ["Checkpoint", "Item", "sync_to_disk", "write_item"]
@@ -23,6 +25,8 @@ __all__ = ["Checkpoint", "Item", "sync_to_disk", "write_item"]
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _RESERVED = "__metadata__"
 """A key that safetensors keeps for itself."""
+_DIVIDED = ("model", "optimizer")
+"""Kinds of items whose tensors may be divided over ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,4 +179,41 @@ class Checkpoint:
                 tree = json.loads((self.folder / name).read_text(encoding="utf-8"))
         tensors.update({alias: tensors[name] for alias, name in record.aliases.items()})
         has_tree = any(name.endswith(".json") for name in record.files)
-        return decode(tree, tensors, item=item) if has_tree else tensors
+        if not has_tree:
+            return tensors
+        state = decode(tree, tensors, item=item)
+        if record.kind not in _DIVIDED:
+            return state
+        return map_leaves(state, lambda _, leaf: leaf.bound_to(self._read_box) if _is_stored(leaf) else leaf)
+
+    def verify_parts(self, *, share: int = 0, num_shares: int = 1) -> None:
+        """Prove that parts of divided tensors are unchanged, one share of them for each of several readers.
+
+        Raises:
+            CheckpointError: if a file is missing or damaged.
+        """
+        parts = sorted(name for name, record in self.items.items() if record.kind == PART)
+        for name in parts[share::num_shares]:
+            self.manifest.verify(self.folder, name)
+
+    def _read_box(self, item: str, key: str, box: Box) -> torch.Tensor:
+        """A box of a tensor of an item whose files hold parts."""
+        record = self.items.get(item)
+        if record is None:
+            raise CheckpointError(
+                f"`{self.folder}` says that a part of `{key}` is in `{item}`, which it does not hold. "
+                f"Load another checkpoint."
+            )
+        try:
+            with safe_open(self.folder / record.files[0], framework="pt") as reader:
+                part: torch.Tensor = reader.get_slice(record.aliases.get(key, key))[box.slices]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"A part of `{key}` could not be read from `{self.folder / record.files[0]}` ({error}). "
+                f"Load another checkpoint."
+            ) from error
+        return part
+
+
+def _is_stored(leaf: object) -> TypeGuard[StoredTensor]:
+    return isinstance(leaf, StoredTensor)

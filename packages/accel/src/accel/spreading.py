@@ -1,0 +1,92 @@
+"""From what a run was given to the strategy that spreads it: pure choice, then one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.parallelism import ParallelismConfig
+from accel_parallel.select import select_strategy, strategy_class
+from accel_parallel.strategy import Strategy
+from accel_state.errors import ConfigError
+from accel_state.process import Process
+from accel_state.topology import AXES, MeshShape
+
+__all__ = ["make_strategy", "mesh_shape", "refuse_two_plugins"]
+
+
+def mesh_shape(parallelism: ParallelismConfig | None, world_size: int) -> MeshShape | None:
+    """How the world is divided; ``None`` where nothing was asked for.
+
+    Raises:
+        ConfigError: if the sizes do not make this world.
+    """
+    if parallelism is None:
+        return None
+    parallelism.check_world(world_size)
+    return parallelism.mesh_shape()
+
+
+def refuse_two_plugins(handlers: Mapping[type, Any], fsdp_plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """One set of options of FSDP at most."""
+    if fsdp_plugin is not None and FullyShardedDataParallelPlugin in handlers:
+        raise ConfigError(
+            "`fsdp_plugin` was given, and `kwargs_handlers` holds a FullyShardedDataParallelPlugin too. Give one."
+        )
+
+
+def make_strategy(
+    process: Process,
+    *,
+    place: bool,
+    handlers: Mapping[type, Any],
+    fsdp_plugin: FullyShardedDataParallelPlugin | None,
+    parallelism: ParallelismConfig | None,
+    precision: str,
+) -> Strategy:
+    """The strategy of a run. Every rank must call this.
+
+    Args:
+        process: the open process.
+        place: whether models are moved to its device.
+        handlers: options by their class.
+        fsdp_plugin: options of FSDP, which ask for it.
+        parallelism: as the user gave it.
+        precision: that the run computes in, which FSDP's own follows unless it says otherwise.
+
+    Raises:
+        ConfigError: for options that would have no effect, or a mesh that the strategy cannot make.
+    """
+    shape = process.topology.shape
+    name = select_strategy(world_size=process.topology.world_size, mesh=shape, fsdp=fsdp_plugin is not None)
+    made = strategy_class(name)
+    options = handlers.get(made.options_type)
+    if made.options_type is FullyShardedDataParallelPlugin:
+        options = fsdp_plugin or options or FullyShardedDataParallelPlugin()
+        _refuse_nothing_to_share(process, parallelism)
+        if options.mixed_precision_policy is None and precision != "no":
+            options = replace(options, mixed_precision_policy=precision)
+    _refuse_axes(made, name, shape)
+    strategy: Strategy = made(process, place=place, options=options, parallelism=parallelism)
+    return strategy
+
+
+def _refuse_nothing_to_share(process: Process, parallelism: ParallelismConfig | None) -> None:
+    shape = process.topology.shape
+    if parallelism is not None and process.topology.world_size == shape.dp_replicate > 1:
+        raise ConfigError(
+            f"`fsdp_plugin` shards a model over processes, and `ParallelismConfig(dp_replicate_size="
+            f"{shape.dp_replicate})` gives each a whole copy. Set `dp_shard_size={shape.dp_replicate}` instead, or "
+            f"leave the plugin out."
+        )
+
+
+def _refuse_axes(made: Any, name: str, shape: MeshShape) -> None:
+    beyond = [axis for axis in AXES if shape.size_of(axis) > 1 and axis not in made.axes]
+    if beyond:
+        raise ConfigError(
+            f"The strategy `{name}` cannot divide the world along {', '.join(beyond)}, as {shape} asks. "
+            f"Leave these axes at 1, or choose another strategy."
+        )
