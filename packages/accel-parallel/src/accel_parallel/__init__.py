@@ -15,16 +15,22 @@ if TYPE_CHECKING:
     from accel_parallel.accumulation import Window as Window
     from accel_parallel.audit import audit_model as audit_model
     from accel_parallel.audit import audit_optimizer as audit_optimizer
+    from accel_parallel.blocks import find_blocks as find_blocks
     from accel_parallel.checkpoint import Checkpoint as Checkpoint
     from accel_parallel.checkpoint import Item as Item
     from accel_parallel.checkpoint import latest_checkpoint as latest_checkpoint
     from accel_parallel.checkpoint import save_checkpoint as save_checkpoint
     from accel_parallel.ddp import DDPStrategy as DDPStrategy
+    from accel_parallel.fsdp import FSDPStrategy as FSDPStrategy
+    from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
     from accel_parallel.optimizer import PreparedOptimizer as PreparedOptimizer
+    from accel_parallel.parallelism import ParallelismConfig as ParallelismConfig
+    from accel_parallel.parallelism import TorchContextParallelConfig as TorchContextParallelConfig
     from accel_parallel.plugins import DDPCommunicationHookType as DDPCommunicationHookType
     from accel_parallel.plugins import DistributedDataParallelKwargs as DistributedDataParallelKwargs
     from accel_parallel.plugins import GradientAccumulationPlugin as GradientAccumulationPlugin
     from accel_parallel.plugins import InitProcessGroupKwargs as InitProcessGroupKwargs
+    from accel_parallel.recompute import checkpoint_activations as checkpoint_activations
     from accel_parallel.scheduler import PreparedScheduler as PreparedScheduler
     from accel_parallel.select import select_strategy as select_strategy
     from accel_parallel.select import strategy_class as strategy_class
@@ -35,6 +41,12 @@ if TYPE_CHECKING:
     from accel_parallel.strategy import Strategy as Strategy
 
 _HOME = {
+    "checkpoint_activations": "recompute",
+    "find_blocks": "blocks",
+    "TorchContextParallelConfig": "parallelism",
+    "ParallelismConfig": "parallelism",
+    "FullyShardedDataParallelPlugin": "fsdp_plugin",
+    "FSDPStrategy": "fsdp",
     "Accumulation": "accumulation",
     "Window": "accumulation",
     "audit_model": "audit",

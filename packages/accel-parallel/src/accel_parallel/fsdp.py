@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from accel_parallel.axes import ModelAxes
 from accel_parallel.clip import check_clip, clip_to_norm_, gradients_of
 from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
 from accel_parallel.fsdp_units import check_shardable, ignored_parameters, plan_units
 from accel_parallel.mesh import Mesh
 from accel_parallel.parallelism import ParallelismConfig
+from accel_parallel.recompute import checkpoint_activations
 from accel_parallel.sharded import in_memory, is_sharded, like, local_of, part_of, total_norm, whole
 from accel_parallel.single import SingleStrategy
 from accel_parallel.strategy import Bundle, OptimizerState
 from accel_parallel.weights import AsTheyAre, FromFiles, FromRankZero, WeightSource
 from accel_state.errors import ConfigError
-from accel_state.process import Process
+from accel_state.process import DistributedType, Process
 from accel_state.topology import Axis, MeshShape
 
 __all__ = ["FSDPStrategy"]
@@ -47,6 +49,7 @@ class FSDPStrategy(SingleStrategy):
     options_type = FullyShardedDataParallelPlugin
     axes: frozenset[Axis] = frozenset({"dp_replicate", "dp_shard", "cp", "sp", "tp"})
     exchanges_each_batch = True
+    distributed_type = DistributedType.FSDP
 
     def __init__(
         self,
@@ -66,6 +69,15 @@ class FSDPStrategy(SingleStrategy):
         self.options = options or FullyShardedDataParallelPlugin()
         process.require_group()
         self.mesh = Mesh(process, _shape(process, self.options))
+        self.model_axes = ModelAxes(self.mesh, self.parallelism)
+        if self.options.cpu_ram_efficient_loading and self.model_axes.divides_tensors:
+            raise ConfigError(
+                f"`cpu_ram_efficient_loading=True` sends whole units from rank 0, and `tp_size="
+                f"{self.mesh.topology.shape.tp}` divides the model before there are units. Give `weights_path`, from "
+                f"which each process reads its own part."
+            )
+        self._keeping: set[int] = set()
+        """Models, by identity, that keep their gradients local for now."""
 
     @property
     def average_size(self) -> int:
@@ -100,13 +112,16 @@ class FSDPStrategy(SingleStrategy):
             units = plan_units(model, self.options, ignored=ignored)
             check_shardable(model, units, ignored)
             source.check(model)
-            plans.append((model, units, ignored))
+            plans.append((model, units, ignored, self.model_axes.plan(model)))
         places = {
             parameter: (index, name)
             for index, model in enumerate(bundle.models)
             for name, parameter in model.named_parameters()
         }
-        for model, units, ignored in plans:
+        for model, units, ignored, division in plans:
+            if division is not None:
+                source.before(chain(model.named_parameters(), model.named_buffers()), model)
+            self.model_axes.apply(model, division)
             self._shard(model, units, ignored, source)
         sharded = [dict(model.named_parameters()) for model in bundle.models]
         for optimizer in bundle.optimizers:
@@ -114,7 +129,10 @@ class FSDPStrategy(SingleStrategy):
         return bundle
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return _keep_local(model)
+        return self._exchanging(model, False)
+
+    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return self._exchanging(model, True)
 
     def join(
         self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None
@@ -168,17 +186,41 @@ class FSDPStrategy(SingleStrategy):
                 state[name] = full if everywhere else full.cpu()
         return state
 
+    @contextmanager
+    def _exchanging(self, model: nn.Module, exchanges: bool) -> Iterator[None]:
+        """While open, backward exchanges gradients, those that were kept before included, or keeps them whole."""
+        module: Any = self.unwrap(model)
+        before = id(module) not in self._keeping
+        self._set_exchanging(module, exchanges)
+        try:
+            yield
+        finally:
+            self._set_exchanging(module, before)
+
+    def _set_exchanging(self, module: Any, exchanges: bool) -> None:
+        module.set_requires_gradient_sync(exchanges)
+        if exchanges:
+            self._keeping.discard(id(module))
+        else:
+            self._keeping.add(id(module))
+
     def _source(self) -> WeightSource:
         options, device = self.options, self.process.device
         if options.weights_path is not None:
             return FromFiles(Path(options.weights_path), torch.device("cpu") if options.cpu_offload else device)
         if options.sync_module_states:
+            if self.model_axes.divides_tensors:
+                # Whole tensors wait on the host to be divided, and go to the device part by part.
+                return FromRankZero(torch.device("cpu"), fills_meta=False)
             return FromRankZero(device, fills_meta=options.cpu_ram_efficient_loading)
         return AsTheyAre()
 
     def _shard(
         self, model: nn.Module, units: list[tuple[str, nn.Module]], ignored: set[nn.Parameter], source: WeightSource
     ) -> None:
+        if self.options.activation_checkpointing:
+            # Inside the units' hooks, which gather parameters again before a block is computed again.
+            checkpoint_activations(model, units[::-1] or None)
         taken: set[int] = set()
         settings = self._settings(ignored)
         device = self.process.device
@@ -293,17 +335,6 @@ def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@contextmanager
-def _keep_local(model: nn.Module) -> Iterator[None]:
-    """Gradients stay whole and local until the next backward outside."""
-    module: Any = getattr(model, "_orig_mod", model)
-    module.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        module.set_requires_gradient_sync(True)
 
 
 def _follow(optimizer: Optimizer, successors: Mapping[torch.Tensor, torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.sharded import in_memory
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import CheckpointError
-from accel_state.process import Process
+from accel_state.process import DistributedType, Process
 from accel_state.protocols import LossScaler
 from accel_state.topology import Axis
 
@@ -31,6 +31,7 @@ class SingleStrategy:
 
     axes: frozenset[Axis] = frozenset()
     exchanges_each_batch = False
+    distributed_type: DistributedType | None = None
     reduce_found_inf: Callable[[torch.Tensor], None] | None = None
 
     def __init__(

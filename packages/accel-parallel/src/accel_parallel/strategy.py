@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from accel_state.process import DistributedType
 from accel_state.protocols import LossScaler
 from accel_state.topology import Axis
 
@@ -65,6 +66,8 @@ class Strategy(Protocol):
     """Class of the options that users may pass for it; its constructor takes an instance as ``options``."""
     axes: frozenset[Axis]
     """Axes of the mesh along which it can divide the world."""
+    distributed_type: DistributedType | None
+    """What users see the world as, where that is narrower than its devices tell."""
     exchanges_each_batch: bool
     """Whether gradients are exchanged after each micro-batch of a window unless the user says otherwise: cheaper in
     memory where gradients are sharded, while keeping them local needs a whole copy."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from accel.engine import Engine, refuse_inside
+from accel.engine import Engine, refuse_apart, refuse_inside
 from accel.loops import Loops
 from accel.metrics import current_batch, gather_for_metrics
 from accel.process_view import ProcessView
@@ -34,7 +34,7 @@ from accel_state.config import LaunchSettings, MixedPrecision, RunConfig
 from accel_state.env import detect
 from accel_state.errors import ConfigError
 from accel_state.memory import release_memory
-from accel_state.process import Process, ProcessSettings
+from accel_state.process import DistributedType, Process, ProcessSettings
 from accel_state.protocols import StatefulLoader, Tracker
 from accel_state.topology import MeshShape
 from accel_track import LogWith
@@ -164,6 +164,11 @@ class Accelerator(ProcessView):
     def strategy(self) -> Strategy:
         """How models are spread over the processes."""
         return self._engine.strategy
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """Kind of world."""
+        return self.strategy.distributed_type or self.process.distributed_type
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -393,6 +398,7 @@ class Accelerator(ProcessView):
             CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
         """
         self._together("save_state")
+        refuse_apart(self._engine, "save_state")
         return self._saving.save(output_dir)
 
     def load_state(self, input_dir: str | Path | None = None) -> Path | None:

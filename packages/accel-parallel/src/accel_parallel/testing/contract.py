@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from accel_parallel.accumulation import Accumulation
 from accel_parallel.optimizer import PreparedOptimizer
+from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import GradientAccumulationPlugin
 from accel_parallel.scheduler import PreparedScheduler
 from accel_parallel.select import strategy_class
@@ -21,8 +22,9 @@ from accel_parallel.strategy import Bundle, Duty, Strategy
 from accel_parallel.testing.reference import MAX_NORM, Step, Trace, reference_trace
 from accel_parallel.testing.scenarios import SCENARIOS, Scenario, batch, build, loss_of, taking_part
 from accel_parallel.testing.states import demand, state_failures
-from accel_state.process import Process
+from accel_state.process import Process, ProcessSettings
 from accel_state.testing import run_ranks
+from accel_state.topology import Topology
 
 __all__ = ["TOLERANCES", "ReadGradients", "check_contract", "contract_states", "contract_trace", "whole_gradients"]
 
@@ -41,6 +43,7 @@ def check_contract(
     dtype: torch.dtype = torch.float64,
     options: Any = None,
     gradients: ReadGradients | None = None,
+    parallelism: ParallelismConfig | None = None,
     timeout_s: float = 100.0,
 ) -> None:
     """Train on real processes of several world sizes, and compare everything with plain torch on one.
@@ -53,24 +56,33 @@ def check_contract(
         options: of the strategy.
         gradients: reads a model's gradients, for a strategy that keeps them elsewhere than in ``grad``. Defined at the
             top level of a module that can be imported.
+        parallelism: how to divide a world, whose size it gives instead of `world_sizes`. Ranks that share a sample see
+            the same data.
         timeout_s: for all scenarios in one world.
 
     Raises:
         AssertionError: naming the world size, the scenario, the rank and what differs.
     """
-    for world_size in world_sizes:
+    mesh = None if parallelism is None else parallelism.mesh_shape()
+    settings = ProcessSettings(device="cpu", timeout_s=timeout_s, mesh=mesh)
+    for world_size in world_sizes if mesh is None else [mesh.size]:
         of_ranks = run_ranks(
-            contract_trace, world_size, strategy_name, scenarios, dtype, options, gradients, timeout_s=timeout_s
-        )
+            contract_trace, world_size, strategy_name, scenarios, dtype, options, gradients, parallelism,
+            timeout_s=timeout_s, settings=settings,
+        )  # fmt: skip
+        topology = Topology(world_size=world_size, mesh=mesh)
         for scenario in scenarios:
             if any(scenario.name not in traces for traces in of_ranks):
                 continue
-            expected = reference_trace(scenario, world_size=world_size, dtype=dtype)
+            expected = reference_trace(scenario, world_size=topology.data_world_size, dtype=dtype)
             for rank, traces in enumerate(of_ranks):
                 place = f"`{strategy_name}`, {world_size} process(es), {scenario.name}, rank {rank}"
-                _compare(place, traces[scenario.name], expected[rank], TOLERANCES[dtype])
+                _compare(place, traces[scenario.name], expected[topology.at(rank).data_rank], TOLERANCES[dtype])
         for rank, failures in enumerate(
-            run_ranks(contract_states, world_size, strategy_name, dtype, options, timeout_s=timeout_s)
+            run_ranks(
+                contract_states, world_size, strategy_name, dtype, options, parallelism,
+                timeout_s=timeout_s, settings=settings,
+            )  # fmt: skip
         ):
             demand(not failures, f"`{strategy_name}`, {world_size} process(es), rank {rank}: {'; '.join(failures)}")
 
@@ -81,6 +93,7 @@ def contract_trace(
     dtype: torch.dtype = torch.float64,
     options: Any = None,
     gradients: ReadGradients | None = None,
+    parallelism: ParallelismConfig | None = None,
 ) -> dict[str, Trace]:
     """Train each scenario with a strategy on this rank. Every rank must call this.
 
@@ -89,19 +102,29 @@ def contract_trace(
     """
     traces = {}
     for scenario in scenarios:
-        strategy: Strategy = strategy_class(strategy_name)(Process.current(), options=options)
+        strategy: Strategy = _make(strategy_name, options, parallelism)
         if not (scenario.poisoned and Duty.SCALE in strategy.owns):
             traces[scenario.name] = _Run(strategy, scenario, dtype, gradients or whole_gradients).train()
     return traces
 
 
-def contract_states(strategy_name: str, dtype: torch.dtype = torch.float64, options: Any = None) -> list[str]:
+def contract_states(
+    strategy_name: str,
+    dtype: torch.dtype = torch.float64,
+    options: Any = None,
+    parallelism: ParallelismConfig | None = None,
+) -> list[str]:
     """Save, restore, unwrap and train without exchange on this rank. Every rank must call this.
 
     Returns:
         What is wrong, in words.
     """
-    return state_failures(lambda: strategy_class(strategy_name)(Process.current(), options=options), dtype)
+    return state_failures(lambda: _make(strategy_name, options, parallelism), dtype)
+
+
+def _make(strategy_name: str, options: Any, parallelism: ParallelismConfig | None) -> Strategy:
+    made: Strategy = strategy_class(strategy_name)(Process.current(), options=options, parallelism=parallelism)
+    return made
 
 
 def whole_gradients(strategy: Strategy, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -152,7 +175,7 @@ class _Run:
 
     def __init__(self, strategy: Strategy, scenario: Scenario, dtype: torch.dtype, gradients: ReadGradients) -> None:
         self.strategy, self.scenario, self.gradients = strategy, scenario, gradients
-        self.rank = Process.current().topology.rank
+        self.rank = Process.current().topology.data_rank
         plugin = GradientAccumulationPlugin(num_steps=scenario.num_steps, sync_each_batch=scenario.sync_each_batch)
         self.accumulation = Accumulation(plugin, strategy)
         self.scaler = _Scaler(enabled=bool(scenario.poisoned), reduce_found_inf=strategy.reduce_found_inf)

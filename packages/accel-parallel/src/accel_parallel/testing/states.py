@@ -39,7 +39,7 @@ class _Trained:
         self.optimizer: Optimizer = bundle.optimizers[0]
 
     def loss(self, index: int) -> torch.Tensor:
-        tokens, targets, _ = batch(0, index, Process.current().topology.rank)
+        tokens, targets, _ = batch(0, index, Process.current().topology.data_rank)
         return loss_of(self.model(tokens), targets, None)
 
     def step(self, index: int) -> None:
@@ -161,7 +161,7 @@ def _no_sync_failures(make: Callable[[], Strategy], dtype: torch.dtype) -> Itera
     with trained.strategy.no_sync(trained.model):
         trained.strategy.backward(trained.loss(0))
     ranks = range(trained.strategy.average_size)
-    own = Process.current().topology.rank
+    own = Process.current().topology.data_rank
     local = _plain_gradients(dtype, [(0, own)])
     sharded = any(is_sharded(parameter) for parameter in trained.names())  # those have nowhere to show a local one
     if not sharded and not _near(trained, local):
@@ -175,7 +175,7 @@ def _no_sync_failures(make: Callable[[], Strategy], dtype: torch.dtype) -> Itera
 def _join_failures(make: Callable[[], Strategy], dtype: torch.dtype) -> Iterator[str]:
     """Ranks leave one after the other; a strategy that cannot do with fewer refuses at the entry."""
     trained = _Trained(make, dtype)
-    own = Process.current().topology.rank
+    own = Process.current().topology.data_rank
     averaged = trained.strategy.average_size
     counts = {rank: 1 + 2 * rank for rank in (range(averaged) if averaged > 1 else [own])}
     settled: list[int] = []

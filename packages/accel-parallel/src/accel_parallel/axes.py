@@ -1,0 +1,83 @@
+"""What the axes besides data do to a model before it is sharded: tensor parallel, context and sequence parallel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from accel_parallel.mesh import Mesh
+from accel_parallel.parallelism import ParallelismConfig
+
+if TYPE_CHECKING:
+    from accel_parallel.attention import SequenceParallel
+    from accel_parallel.tensor_plan import TensorPlan
+
+__all__ = ["ModelAxes"]
+
+
+class ModelAxes:
+    """The axes along which ranks see the same samples. What is not asked for costs nothing, not even an import."""
+
+    def __init__(self, mesh: Mesh, parallelism: ParallelismConfig) -> None:
+        """
+        Args:
+            mesh: with its groups.
+            parallelism: options of the axes; their sizes are the mesh's.
+
+        Raises:
+            ConfigError: for a backend that the device has no kernels for.
+        """
+        self._mesh = mesh
+        self._parallelism = parallelism
+        self._tp_size = mesh.topology.shape.tp
+        self.sequence: SequenceParallel | None = self._sequence()
+        """What divides sequences, where they are divided."""
+
+    @property
+    def divides_tensors(self) -> bool:
+        """Whether there is tensor parallel."""
+        return self._tp_size > 1
+
+    def plan(self, model: nn.Module) -> TensorPlan | None:
+        """How `model` will be divided along tp, after checking that it can. Changes nothing.
+
+        Raises:
+            ConfigError: for what cannot be divided exactly.
+        """
+        if self._tp_size == 1:
+            return None
+        from accel_parallel.tensor_plan import plan_tensor_parallel
+
+        return plan_tensor_parallel(
+            model,
+            plan=self._parallelism.tp_plan,
+            tp_size=self._tp_size,
+            loss_parallel=self._parallelism.loss_parallel,
+        )
+
+    def apply(self, model: nn.Module, plan: TensorPlan | None) -> None:
+        """Every rank must call this. Divide `model` along tp, and let its attention reach over whole sequences."""
+        if plan is not None:
+            assert self._mesh.tp is not None
+            from accel_parallel.tensor import apply_tensor_parallel
+
+            apply_tensor_parallel(model, plan, self._mesh.tp)
+        if self.sequence is not None:
+            self.sequence.attach(model)
+
+    def _sequence(self) -> SequenceParallel | None:
+        shape = self._mesh.topology.shape
+        if shape.cp == 1 and shape.sp == 1:
+            return None
+        from accel_parallel.attention import SequenceParallel
+
+        in_context = shape.cp > 1
+        return SequenceParallel(
+            self._mesh.group("cp" if in_context else "sp"),
+            kind="context" if in_context else "ulysses",
+            backend=self._parallelism.cp_backend if in_context else self._parallelism.sp_backend,
+            options=self._parallelism.cp_handler,
+            device_type=self._mesh.root.device_type,
+            tp_size=self._tp_size,
+        )
