@@ -181,6 +181,11 @@ class DDPStrategy(SingleStrategy):
                 f"divides gradients by all ranks, also by those that ran out of inputs, so the last steps would be too "
                 f"small. Leave the hook out, or train with even batches."
             )
+        if not all(model.require_backward_grad_sync for model in wrapped):
+            raise ConfigError(
+                "The block for uneven inputs was entered inside `no_sync` or `LocalSGD`, where a model exchanges no "
+                "gradients for a rank that is through to stand in for. Enter it outside."
+            )
         if self._joining:
             raise ConfigError(
                 "The block for uneven inputs was entered inside another one, and a rank leaves only once. "
@@ -227,7 +232,7 @@ class DDPStrategy(SingleStrategy):
         trained = [(name, each) for name, each in model.module.named_parameters() if each.requires_grad]
         missing = [name for name, each in trained if each.grad is None]
         try:
-            model._check_reducer_finalized()
+            model._check_reducer_finalized()  # type: ignore[no-untyped-call, unused-ignore]
         except RuntimeError as error:
             raise _without_gradient(model, missing, self.process.topology.rank) from error
         return len(missing) < len(trained)

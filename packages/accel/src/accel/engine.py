@@ -25,7 +25,7 @@ from accel_parallel.strategy import Bundle, Duty, Strategy
 from accel_state.errors import ConfigError
 from accel_state.protocols import Precision, StatefulLoader
 
-__all__ = ["Engine", "refuse_inside"]
+__all__ = ["Engine", "refuse_apart", "refuse_inside"]
 
 
 class Engine:
@@ -251,6 +251,15 @@ def refuse_inside(engine: Engine, what: str) -> None:
             f"`{what}` was called inside `join_uneven_inputs`, and it needs all ranks, but one that has run out of "
             f"batches takes part in nothing except the exchange of gradients. Call it after the block, or train with "
             f"`even_batches=True`, where every rank has as many batches and the block is not needed."
+        )
+
+
+def refuse_apart(engine: Engine, what: str) -> None:
+    """Refuse `what`, which takes one rank's model for that of all, where they differ."""
+    if any(window.local for window in engine.accumulation.windows):
+        raise ConfigError(
+            f"`{what}` was called inside `LocalSGD`, where each rank has parameters of its own since the last average, "
+            f"and those of one would pass for all. Call it after the block, and enter another one to go on."
         )
 
 

@@ -23,7 +23,7 @@ from accel_state.errors import ConfigError
 from accel_state.process import Process
 from accel_state.tree import map_tensors
 
-__all__ = ["join_uneven_inputs", "take_over"]
+__all__ = ["join_uneven_inputs", "send", "take_over"]
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def join_uneven_inputs(
 def take_over(engine: Engine, process: Process, source: int) -> None:
     """Every rank must call this. What steps change besides models becomes on every rank what it is on `source`."""
     ours = process.topology.rank == source
-    state = _send(_state(engine) if ours else None, process, source)
+    state = send(_state(engine) if ours else None, process, source)
     if ours:
         return
     for optimizer, of_optimizer in zip(engine.optimizers, state["optimizers"], strict=True):
@@ -141,7 +141,7 @@ def _gradients(window: Window) -> list[torch.Tensor | bool | None]:
     return list(gradients) if window.accumulating else [None if each is None else True for each in gradients]
 
 
-def _send(tree: Any, process: Process, source: int) -> Any:
+def send(tree: Any, process: Process, source: int) -> Any:
     """Every rank must call this. `tree` of `source`, on every rank: tensors of a device stay on theirs."""
     ours = process.topology.rank == source
     skeleton = map_tensors(tree, lambda tensor: tensor.detach() if tensor.device.type == "cpu" else tensor.to("meta"))
@@ -153,7 +153,7 @@ def _send(tree: Any, process: Process, source: int) -> Any:
         sent: torch.Tensor = broadcast(torch.empty_like(tensor, device=process.device), source, process=process)
         return sent
 
-    def send(tensor: torch.Tensor) -> torch.Tensor:
+    def sent_on(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if tensor.device.type == "cpu" else broadcast(tensor, source, process=process)
 
-    return map_tensors(tree, send) if ours else map_tensors(skeleton, received)
+    return map_tensors(tree, sent_on) if ours else map_tensors(skeleton, received)
