@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 
+from accel_parallel import TorchContextParallelConfig
+from accel_parallel.attention import SequenceParallel
 from accel_parallel.context import attend_in_context, gather_sequence
-from accel_parallel.ring import TorchRing
 from accel_parallel.sequence import SequenceLayout
-from accel_state import ConfigError, Process
+from accel_state import ConfigError, Process, ProcessSettings
 from accel_state.testing import run_ranks
 
 
@@ -19,9 +20,7 @@ def tensors(heads: int, shared: int, length: int) -> list[torch.Tensor]:
     """Queries, keys, values and the gradient of the answer, over the whole sequence. Values are wider than keys."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((heads, 6), (shared, 6), (shared, 4), (heads, 4))
-    return [
-        torch.randn(2, number, length, width, generator=generator, dtype=torch.float64) for number, width in shapes
-    ]
+    return [torch.randn(2, number, length, width, generator=generator, dtype=torch.float64) for number, width in shapes]
 
 
 def own_group() -> tuple[Any, SequenceLayout]:
@@ -111,7 +110,7 @@ def test_a_mask_over_one_part_is_refused() -> None:
 
 def open_ring_on_the_cpu() -> str:
     with pytest.raises(ConfigError) as caught:
-        TorchRing(own_group()[0], device_type=Process.current().device.type)
+        SequenceParallel(own_group()[0], kind="context", backend="torch", device_type=Process.current().device.type)
     return str(caught.value)
 
 
@@ -119,3 +118,42 @@ def test_torch_ring_attention_has_no_kernels_on_the_cpu() -> None:
     for message in run_ranks(open_ring_on_the_cpu, 2):
         assert "`cp_backend='torch'` was set on cpu" in message
         assert "Leave `cp_backend` at 'native'" in message
+
+
+class Attend(torch.nn.Module):
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return attention(query, key, value, is_causal=True)
+
+
+def attend_on_gpus(backend: Any) -> list[torch.Tensor]:
+    """On a rank with a GPU: the answer and the gradients of what it holds, in bfloat16."""
+    group, _ = own_group()
+    options = None if backend == "native" else TorchContextParallelConfig(cp_comm_strategy="alltoall")
+    sequence = SequenceParallel(group, kind="context", backend=backend, options=options, device_type="cuda")
+    model = Attend()
+    sequence.attach(model)
+    whole = [tensor[..., :4].to(Process.current().device, torch.bfloat16) for tensor in tensors(2, 2, 256)]
+    with sequence.context_parallel(buffers=whole, buffer_seq_dims=[2] * 4):
+        *inputs, gradient = (each.clone() for each in whole)
+        for each in inputs:
+            each.requires_grad_()
+        answer = model(*inputs)
+        answer.backward(gradient)
+    return [each.detach().float().cpu() for each in (answer, *(each.grad for each in inputs)) if each is not None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices: their kernels and NCCL")
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_attention_on_gpus_equals_that_over_the_whole(backend: str) -> None:
+    *inputs, gradient = (tensor[..., :4] for tensor in tensors(2, 2, 256))
+    for each in inputs:
+        each.requires_grad_()
+    answer = attention(*inputs, is_causal=True)
+    answer.backward(gradient)
+    parts = run_ranks(attend_on_gpus, 2, backend, settings=ProcessSettings(device="cuda"))
+    layout = SequenceLayout(kind="context", size=2, rank=0)
+    for index, tensor in enumerate([answer.detach(), *(each.grad for each in inputs)]):
+        assert tensor is not None
+        found = layout.join([part[index] for part in parts], dim=2)
+        torch.testing.assert_close(found, tensor.float(), rtol=5e-2, atol=5e-2)

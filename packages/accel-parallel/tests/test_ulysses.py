@@ -18,9 +18,7 @@ def tensors(heads: int, shared: int) -> list[torch.Tensor]:
     """Queries, keys, values and the gradient of the answer, over the whole sequence. Values are wider than keys."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((heads, 4), (shared, 4), (shared, 6), (heads, 6))
-    return [
-        torch.randn(2, number, LENGTH, width, generator=generator, dtype=torch.float64) for number, width in shapes
-    ]
+    return [torch.randn(2, number, LENGTH, width, generator=generator, dtype=torch.float64) for number, width in shapes]
 
 
 def attend(heads: int, shared: int, is_causal: bool, mask: torch.Tensor | None) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -69,9 +70,11 @@ class SequenceParallel:
         self._ring: TorchRing | None = None
         if backend == "torch":
             self._ring = TorchRing(group, device_type=device_type, options=options)
-        self._mode = _Catcher(self)
+        # Compiled graphs end before an exchange and go on after it; what is between runs as it is.
+        eagerly: Callable[..., Any] = torch.compiler.disable
+        self._mode = _Catcher(eagerly(self._attend), eagerly(self._attend_heads))
         self._calls = _Calls()
-        self._handles: dict[nn.Module, list[RemovableHandle]] = {}
+        self._handles: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
         self._cut: dict[int, bool] = {}
         """Lengths of the parts that were handed out, and whether the last of that length was of a padded sequence."""
         self._ring_open = False
@@ -151,7 +154,7 @@ class SequenceParallel:
         buffer_seq_dims: Sequence[int] | None = None,
         no_restore_buffers: set[torch.Tensor] | None = None,
     ) -> Iterator[None]:
-        """While open, each of `buffers` holds this rank's part of itself; afterwards the whole again, which is not copied.
+        """While open, each of `buffers` holds this rank's part of itself, and afterwards the whole again, uncopied.
 
         Labels are cut as they are: shift them before, and give them as ``shift_labels``.
 
@@ -178,7 +181,7 @@ class SequenceParallel:
             return
         whole = [None if any(buffer is each for each in kept) else buffer.data for buffer in buffers]
         for buffer, dim in zip(buffers, dims, strict=True):
-            buffer.data = self.layout.take(buffer.data, dim=dim).contiguous()
+            buffer.data = self.layout.take(buffer.data, dim=dim)
             self._cut[buffer.shape[dim]] = False
         try:
             yield
@@ -234,9 +237,7 @@ class SequenceParallel:
         """In place of torch's function, with its arguments."""
         calls = self._calls
         if calls.inside:
-            return _ATTENTION(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         self._check_call(query, key, attn_mask, is_causal)
         query, key, value = _as_autocast(query, key, value)
         attend: Callable[..., torch.Tensor] = attend_in_context if self.layout.kind == "context" else attend_by_heads
@@ -300,15 +301,16 @@ class SequenceParallel:
 class _Catcher(TorchFunctionMode):
     """Sees every torch function of the thread while it is entered, and passes on all but attention."""
 
-    def __init__(self, owner: SequenceParallel) -> None:
+    def __init__(self, attend: Callable[..., Any], attend_heads: Callable[..., Any]) -> None:
         super().__init__()
-        self._owner = owner
+        self._attend = attend
+        self._attend_heads = attend_heads
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ATTENTION:
-            return self._owner._attend(*args, **(kwargs or {}))
+            return self._attend(*args, **(kwargs or {}))
         if func is _HEADS:
-            return self._owner._attend_heads(*args, **(kwargs or {}))
+            return self._attend_heads(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

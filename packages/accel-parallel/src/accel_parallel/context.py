@@ -7,17 +7,22 @@ gradients, on any device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from accel_parallel.sequence import SequenceLayout
 from accel_state.errors import ConfigError
 
 __all__ = ["attend_in_context", "gather_parts", "gather_sequence"]
+
+
+# torch 2.13 renames these two and calls the old names deprecated.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _Gather(torch.autograd.Function):
@@ -27,7 +32,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         whole = tensor.new_empty(group.size() * tensor.numel())
-        dist.all_gather_into_tensor(whole, tensor.contiguous(), group=group)
+        _all_gather(whole, tensor.contiguous(), group=group)
         return whole.view(group.size(), -1)
 
     @staticmethod
@@ -36,7 +41,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _SumParts(torch.autograd.Function):
-    """(ranks, n) of each rank -> the sum over ranks of the row that is this rank's, (n,). What `_Gather` is backwards."""
+    """(ranks, n) of each rank -> the sum over ranks of this rank's row, (n,). What `_Gather` is backwards."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -46,7 +51,7 @@ class _SumParts(torch.autograd.Function):
             dist.all_reduce(total, group=group)
             return total[group.rank()].clone()
         part = tensor.new_empty(tensor.shape[1])
-        dist.reduce_scatter_tensor(part, tensor.contiguous().view(-1), group=group)
+        _reduce_scatter(part, tensor.contiguous().view(-1), group=group)
         return part
 
     @staticmethod
@@ -109,6 +114,8 @@ def attend_in_context(
         if attn_mask is not None:
             _check_mask(attn_mask, tokens, keys.shape[-2])
         return attend(query, keys, values, attn_mask=attn_mask, dropout_p=dropout_p, **options)
+    from torch.nn.attention.bias import causal_lower_right  # loads torch's compiler, which takes long
+
     answers = []
     for chunk, (_, end) in zip(query.chunk(2, dim=-2), layout.spans(keys.shape[-2]), strict=True):
         bias = causal_lower_right(chunk.shape[-2], end)

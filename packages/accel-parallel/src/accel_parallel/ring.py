@@ -1,4 +1,4 @@
-"""torch's own ring attention, where the device has its kernels. It is experimental, and reached through one function."""
+"""torch's own ring attention, where the device has its kernels. Experimental, and reached through one function."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class TorchRing:
             from torch.distributed.tensor.experimental._attention import set_rotate_method
         except ImportError as error:
             raise ConfigError(
-                f"`cp_backend='torch'` was set, and torch {torch.__version__} keeps its experimental `context_parallel` "
-                f"somewhere else ({error}). Leave `cp_backend` at 'native', or use another torch."
+                f"`cp_backend='torch'` was set, and torch {torch.__version__} has its `context_parallel` "
+                f"elsewhere ({error}). Leave `cp_backend` at 'native', or use another torch."
             ) from error
         self._open = context_parallel
         self._mesh = DeviceMesh.from_group(group, device_type)

@@ -92,10 +92,8 @@ class SequenceLayout:
         return tuple((chunk * width, (chunk + 1) * width) for chunk in chunks)
 
     def take(self, tensor: torch.Tensor, *, dim: int, rank: int | None = None) -> torch.Tensor:
-        """The part of a rank (this one) of a tensor that holds the whole sequence along `dim`."""
+        """The part of a rank (this one) of a tensor that holds the whole sequence along `dim`: a copy, contiguous."""
         spans = self.spans(tensor.shape[dim], rank)
-        if len(spans) == 1:
-            return tensor.narrow(dim, spans[0][0], spans[0][1] - spans[0][0])
         return torch.cat([tensor.narrow(dim, first, end - first) for first, end in spans], dim)
 
     def join(self, parts: Sequence[torch.Tensor], *, dim: int) -> torch.Tensor:
