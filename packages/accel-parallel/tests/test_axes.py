@@ -88,7 +88,7 @@ def _train(parallelism: ParallelismConfig, options: FullyShardedDataParallelPlug
     trace: list[Any] = []
     for step in range(10):
         batch = _batch(step, process.topology.data_rank)
-        sequence = strategy.model_axes.sequence
+        sequence = strategy.sequence
         if sequence is None:
             part = {
                 "input_ids": batch["input_ids"],

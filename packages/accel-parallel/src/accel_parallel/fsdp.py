@@ -69,7 +69,9 @@ class FSDPStrategy(SingleStrategy):
         self.options = options or FullyShardedDataParallelPlugin()
         process.require_group()
         self.mesh = Mesh(process, _shape(process, self.options))
+        self.device_mesh = self.mesh.root
         self.model_axes = ModelAxes(self.mesh, self.parallelism)
+        self.sequence = self.model_axes.sequence
         if self.options.cpu_ram_efficient_loading and self.model_axes.divides_tensors:
             raise ConfigError(
                 f"`cpu_ram_efficient_loading=True` sends whole units from rank 0, and `tp_size="

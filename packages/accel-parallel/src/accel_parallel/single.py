@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,11 @@ from accel_state.process import DistributedType, Process
 from accel_state.protocols import LossScaler
 from accel_state.topology import Axis
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from accel_parallel.attention import SequenceParallel
+
 __all__ = ["SingleStrategy"]
 
 
@@ -32,6 +37,8 @@ class SingleStrategy:
     axes: frozenset[Axis] = frozenset()
     exchanges_each_batch = False
     distributed_type: DistributedType | None = None
+    sequence: SequenceParallel | None = None
+    device_mesh: DeviceMesh | None = None
     reduce_found_inf: Callable[[torch.Tensor], None] | None = None
 
     def __init__(

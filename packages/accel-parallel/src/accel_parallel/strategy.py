@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,11 @@ from torch.optim import Optimizer
 from accel_state.process import DistributedType
 from accel_state.protocols import LossScaler
 from accel_state.topology import Axis
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from accel_parallel.attention import SequenceParallel
 
 __all__ = ["Bundle", "Duty", "OptimizerState", "Strategy"]
 
@@ -68,6 +73,10 @@ class Strategy(Protocol):
     """Axes of the mesh along which it can divide the world."""
     distributed_type: DistributedType | None
     """What users see the world as, where that is narrower than its devices tell."""
+    sequence: SequenceParallel | None
+    """What divides each sequence over ranks, where that was asked for."""
+    device_mesh: DeviceMesh | None
+    """The world by axes, where the strategy divides it along any but data."""
     exchanges_each_batch: bool
     """Whether gradients are exchanged after each micro-batch of a window unless the user says otherwise: cheaper in
     memory where gradients are sharded, while keeping them local needs a whole copy."""

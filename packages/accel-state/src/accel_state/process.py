@@ -186,7 +186,12 @@ class Process:
 
     def _refuse_other(self, settings: ProcessSettings) -> None:
         """Accept what is so already, chosen or found, and what is not asked for; refuse the rest, naming both."""
-        here = replace(self.settings, device=self.kind.type, backend=self.settings.backend or self.kind.backend)
+        here = replace(
+            self.settings,
+            device=self.kind.type,
+            backend=self.settings.backend or self.kind.backend,
+            mesh=self.topology.shape,
+        )
         differing = [
             f"`{field.name}` is {getattr(here, field.name)!r} and {asked!r} was given"
             for field in fields(ProcessSettings)

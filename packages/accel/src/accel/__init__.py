@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from accel_launch.notebook import notebook_launcher as notebook_launcher
     from accel_parallel import DDPCommunicationHookType as DDPCommunicationHookType
     from accel_parallel import DistributedDataParallelKwargs as DistributedDataParallelKwargs
+    from accel_parallel import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
     from accel_parallel import GradientAccumulationPlugin as GradientAccumulationPlugin
     from accel_parallel import InitProcessGroupKwargs as InitProcessGroupKwargs
+    from accel_parallel import ParallelismConfig as ParallelismConfig
+    from accel_parallel import TorchContextParallelConfig as TorchContextParallelConfig
     from accel_precision import AutocastKwargs as AutocastKwargs
     from accel_precision import GradScalerKwargs as GradScalerKwargs
     from accel_state.errors import AccelError as AccelError
@@ -57,6 +60,9 @@ _HOME = {
     "DistributedDataParallelKwargs": "accel_parallel",
     "GradientAccumulationPlugin": "accel_parallel",
     "InitProcessGroupKwargs": "accel_parallel",
+    "FullyShardedDataParallelPlugin": "accel_parallel",
+    "ParallelismConfig": "accel_parallel",
+    "TorchContextParallelConfig": "accel_parallel",
     "AutocastKwargs": "accel_precision",
     "GradScalerKwargs": "accel_precision",
     "AccelError": "accel_state.errors",

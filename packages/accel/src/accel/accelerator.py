@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -38,6 +38,9 @@ from accel_state.process import DistributedType, Process, ProcessSettings
 from accel_state.protocols import StatefulLoader, Tracker
 from accel_state.topology import MeshShape
 from accel_track import LogWith
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Accelerator"]
 
@@ -180,7 +183,7 @@ class Accelerator(ProcessView):
         self._engine.accumulation.num_steps = GradientAccumulationPlugin(num_steps=num_steps).num_steps
 
     def explain(self) -> str:
-        """Every setting with its value and its source, and what was chosen from them, as text."""
+        """Every setting with its value and its source, what was chosen from them, and dtypes of models, as text."""
         return "\n".join(
             (
                 self.config.explain(),
@@ -188,6 +191,7 @@ class Accelerator(ProcessView):
                 f"process: {self.process!r}",
                 f"strategy: {self.strategy.name}, chosen for {self.num_processes} process(es)",
                 f"precision: {self.mixed_precision}",
+                *self._engine.explain(),
             )
         )
 
@@ -332,6 +336,46 @@ class Accelerator(ProcessView):
             process=self.process,
             even_batches=even_batches,
             dealt=bool(self._data.dispatch_batches),
+        )
+
+    @property
+    def torch_device_mesh(self) -> DeviceMesh | None:
+        """The world by the axes of `parallelism_config`; ``None`` where all of it is copies of the model."""
+        return self.strategy.device_mesh
+
+    def shard_sequence(self, batch: Mapping[str, Any], *, causal: bool = True) -> Mapping[str, Any]:
+        """This rank's part of a batch of whole sequences, under ``cp_size`` or ``sp_size``; else the batch itself.
+
+        Labels of a causal model are shifted first and come back as ``shift_labels``; see `accel_parallel.sequence`.
+        """
+        return batch if self.strategy.sequence is None else self.strategy.sequence.shard(batch, causal=causal)
+
+    def unshard_sequence(self, tensor: torch.Tensor, *, dim: int = 1, length: int | None = None) -> torch.Tensor:
+        """Whole sequences from the parts of all ranks that share them. Every rank must call this; see `shard_sequence`.
+
+        Args:
+            tensor: this rank's part.
+            dim: of the sequence.
+            length: of the sequence before it was padded.
+        """
+        sequence = self.strategy.sequence
+        return tensor if sequence is None else sequence.unshard(tensor, dim=dim, length=length)
+
+    def maybe_context_parallel(
+        self,
+        buffers: Sequence[torch.Tensor] | None = None,
+        buffer_seq_dims: Sequence[int] | None = None,
+        no_restore_buffers: set[torch.Tensor] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Under ``cp_size``, while open each of `buffers` holds this rank's part along its sequence; else nothing.
+
+        Shift labels before, and give them as ``shift_labels``; `shard_sequence` does both.
+        """
+        sequence = self.strategy.sequence
+        if sequence is None:
+            return nullcontext()
+        return sequence.context_parallel(
+            buffers=buffers, buffer_seq_dims=buffer_seq_dims, no_restore_buffers=no_restore_buffers
         )
 
     def autocast(self) -> AbstractContextManager[Any]:

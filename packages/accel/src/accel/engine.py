@@ -6,7 +6,7 @@ nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -18,14 +18,19 @@ from torch.optim import Optimizer
 from accel.loops import Loops
 from accel_parallel.accumulation import Accumulation, Scope, Window
 from accel_parallel.audit import audit_model, audit_optimizer
+from accel_parallel.audit_ranks import audit_ranks
+from accel_parallel.dtype_table import DtypeRow, changed_dtypes, dtype_table, dtypes_of, format_dtype_table
 from accel_parallel.optimizer import PreparedOptimizer
 from accel_parallel.plugins import GradientAccumulationPlugin
 from accel_parallel.scheduler import PreparedScheduler
 from accel_parallel.strategy import Bundle, Duty, Strategy
 from accel_state.errors import ConfigError
+from accel_state.logging import get_logger
 from accel_state.protocols import Precision, StatefulLoader
 
 __all__ = ["Engine", "refuse_apart", "refuse_inside"]
+
+logger = get_logger(__name__)
 
 
 class Engine:
@@ -56,6 +61,8 @@ class Engine:
         """By identity, of the models as they were given and as they were handed back."""
         self._wrapped: dict[int, nn.Module] = {}
         """As it was handed back, by the same."""
+        self._tables: list[list[DtypeRow]] = []
+        """What each of the models held when it was given."""
 
     def prepare(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Bundle:
         """Audit, cast, wrap and bind. Every rank must call this, with its objects in the same order.
@@ -67,23 +74,48 @@ class Engine:
         known = [*self.models, *(self.strategy.unwrap(model) for model in self.models)]
         for index, model in enumerate(models):
             number = len(self.models) + index
-            audit_model(model, name=f"model number {number}", prepared=known, meta_is_filled=self.strategy.fills_meta)
+            audit_model(
+                model,
+                name=f"model number {number}",
+                prepared=known,
+                meta_is_filled=self.strategy.fills_meta,
+                is_exchanged=self.strategy.average_size > 1,
+            )
             self.precision.check(model, name="model" if number == 0 else f"model_{number}")
             known.append(model)
         for index, optimizer in enumerate(optimizers):
             others = [prepared.optimizer for prepared in self.optimizers] + list(optimizers[:index])
             name = f"optimizer number {len(self.optimizers) + index}"
             audit_optimizer(optimizer, name=name, models=known, others=others)
+        if models or optimizers:
+            audit_ranks(models, optimizers, first=len(self.models))
+        dtypes = [dtypes_of(model) for model in models]
+        tables = [dtype_table(model) for model in models]
         for model in models:
             self.precision.wrap_forward(model)
         bundle = self.strategy.prepare(Bundle(tuple(models), tuple(optimizers)))
         self.models += bundle.models
+        self._tables += tables
+        for model, before in zip(bundle.models, dtypes, strict=True):
+            self._tell_changes(before, self.strategy.unwrap(model))
         prepared = tuple(self._bind(optimizer) for optimizer in bundle.optimizers)
         for model in self.models:
             for known_as in (model, self.strategy.unwrap(model)):
                 self._windows_of_model[id(known_as)] = self._find_windows(model)
                 self._wrapped[id(known_as)] = model
         return Bundle(bundle.models, prepared)
+
+    def explain(self) -> list[str]:
+        """Lines on which dtypes each model holds; those that it was given with too, where they were others."""
+        parts: list[str] = []
+        for index, (model, given) in enumerate(zip(self.models, self._tables, strict=True)):
+            inner = self.strategy.unwrap(model)
+            now = dtype_table(inner)
+            heading = f"model number {index}, {type(inner).__name__}"
+            if now != given:
+                parts += ["", f"{heading}, as it was given:", format_dtype_table(given)]
+            parts += ["", f"{heading}, as it is prepared:", format_dtype_table(now)]
+        return parts
 
     def prepare_scheduler(self, scheduler: Any, *, follow: bool) -> PreparedScheduler:
         """Let a scheduler follow the optimizer that it was made for.
@@ -194,12 +226,28 @@ class Engine:
     def forget(self) -> None:
         """Let go of everything that was prepared."""
         plugin = self.accumulation.plugin
-        for held in (self.models, self.optimizers, self.schedulers):
+        for held in (self.models, self.optimizers, self.schedulers, self._tables):
             held.clear()
         self._windows_of_model.clear()
         self._wrapped.clear()
         self.loops.forget()
         self.accumulation = Accumulation(plugin, self.strategy)
+
+    def _tell_changes(self, before: Mapping[str, torch.dtype], model: nn.Module) -> None:
+        changed = changed_dtypes(before, model)
+        if changed:
+            name, (given, now) = next(iter(changed.items()))
+            logger.warning(
+                "`prepare` changed the dtype of %d of %d tensors of the %s, such as `%s` from %s to %s, as the "
+                "strategy `%s` needs. `explain` prints all.",
+                len(changed),
+                len(before),
+                type(model).__name__,
+                name,
+                given,
+                now,
+                self.strategy.name,
+            )
 
     def _bind(self, optimizer: Optimizer) -> PreparedOptimizer:
         window = self.accumulation.bind(p for group in optimizer.param_groups for p in group["params"])

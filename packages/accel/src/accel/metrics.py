@@ -47,7 +47,7 @@ def current_batch(loops: Loops) -> BatchInfo | None:
 def gather_for_metrics(tree: Any, *, info: BatchInfo | None, process: Process, use_gather_object: bool = False) -> Any:
     """The rows of all ranks for the current batch, without padding, in the order of the data.
 
-    Every rank must call this.
+    Every rank must call this. Where ranks share samples, as along tp and cp, each sample's rows are those of the first.
 
     Args:
         tree: tensors of shape (rows of this rank's batch, ...), alone or nested. With `use_gather_object` a list
@@ -63,6 +63,8 @@ def gather_for_metrics(tree: Any, *, info: BatchInfo | None, process: Process, u
     rank = process.topology.data_rank
     if use_gather_object or not _holds_tensors(tree):
         return _gather_objects(tree, info, process, rank)
+    if process.topology.data_world_size < process.topology.world_size:
+        return _gather_once_a_sample(tree, info, process)
     if info is None:
         return gather(tree, process=process)
     if process.topology.world_size == 1 and not info.may_pad:
@@ -79,6 +81,29 @@ def gather_for_metrics(tree: Any, *, info: BatchInfo | None, process: Process, u
         return gathered
     keep = _real_indices(info)
     return map_tensors(gathered, lambda tensor: tensor[keep.to(tensor.device)])
+
+
+def _gather_once_a_sample(tree: Any, info: BatchInfo | None, process: Process) -> Any:
+    """Where several ranks see the same samples, the rows of one of them, without padding."""
+    topology = process.topology
+    if info is None or not _fits(tree, info.rows[topology.data_rank]):
+        if info is not None and info.may_pad:
+            _refuse(tree, info.rows[topology.data_rank])
+        gathered = gather(tree, process=process)
+        rows = None
+    else:
+        rows = [info.rows[topology.at(rank).data_rank] for rank in range(topology.world_size)]
+        gathered = gather_ragged(tree, rows, process=process)
+
+    def picked(tensor: torch.Tensor) -> torch.Tensor:
+        sizes = rows or [tensor.shape[0] // topology.world_size] * topology.world_size
+        parts = torch.split(tensor, sizes)
+        kept = [parts[rank] for rank in topology.at(0).data_peers]
+        if rows is not None and info is not None:
+            kept = [part[:real] for part, real in zip(kept, info.real_rows, strict=True)]
+        return torch.cat(kept)
+
+    return map_tensors(gathered, picked)
 
 
 def _holds_tensors(tree: Any) -> bool:
@@ -108,7 +133,11 @@ def _gather_objects(tree: Any, info: BatchInfo | None, process: Process, rank: i
         if len(entries) != info.rows[rank]:
             raise ConfigError(_mismatch(f"a list of {len(entries)} entries", info.rows[rank]))
         entries = entries[: info.real_rows[rank]]
-    return gather_object(entries, process=process)
+    topology = process.topology
+    if topology.data_world_size == topology.world_size:
+        return gather_object(entries, process=process)
+    of_ranks: list[list[Any]] = gather_object([entries], process=process)
+    return [entry for peer in topology.at(0).data_peers for entry in of_ranks[peer]]
 
 
 def _refuse(tree: Any, rows: int) -> None:

@@ -55,6 +55,26 @@ class ProcessView:
         return self.process.topology.world_size > 1
 
     @property
+    def data_parallel_rank(self) -> int:
+        """Which part of each global batch this process sees; those that share samples have the same."""
+        return self.process.topology.data_rank
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """Place among the processes that share each matrix multiplication."""
+        return self.process.topology.coord("tp")
+
+    @property
+    def context_parallel_rank(self) -> int:
+        """Place among the processes that share each sequence by exchanging keys and values."""
+        return self.process.topology.coord("cp")
+
+    @property
+    def sequence_parallel_rank(self) -> int:
+        """Place among the processes that share each sequence by exchanging heads for tokens."""
+        return self.process.topology.coord("sp")
+
+    @property
     def is_main_process(self) -> bool:
         """Whether this is the first process of all."""
         return self.process.topology.is_main

@@ -8,6 +8,7 @@ from typing import Any
 
 from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
 from accel_parallel.parallelism import ParallelismConfig
+from accel_parallel.plugins import DistributedDataParallelKwargs
 from accel_parallel.select import select_strategy, strategy_class
 from accel_parallel.strategy import Strategy
 from accel_state.errors import ConfigError
@@ -62,6 +63,7 @@ def make_strategy(
     shape = process.topology.shape
     name = select_strategy(world_size=process.topology.world_size, mesh=shape, fsdp=fsdp_plugin is not None)
     made = strategy_class(name)
+    _refuse_without_effect(process, made, name, handlers)
     options = handlers.get(made.options_type)
     if made.options_type is FullyShardedDataParallelPlugin:
         options = fsdp_plugin or options or FullyShardedDataParallelPlugin()
@@ -81,6 +83,15 @@ def _refuse_nothing_to_share(process: Process, parallelism: ParallelismConfig | 
             f"{shape.dp_replicate})` gives each a whole copy. Set `dp_shard_size={shape.dp_replicate}` instead, or "
             f"leave the plugin out."
         )
+
+
+def _refuse_without_effect(process: Process, made: Any, name: str, handlers: Mapping[type, Any]) -> None:
+    for kind in (DistributedDataParallelKwargs, FullyShardedDataParallelPlugin):
+        if kind in handlers and made.options_type is not kind and process.topology.world_size > 1:
+            raise ConfigError(
+                f"`kwargs_handlers` holds a {kind.__name__}, which has no effect on the strategy `{name}` that "
+                f"{process.topology.shape} takes. Leave it out."
+            )
 
 
 def _refuse_axes(made: Any, name: str, shape: MeshShape) -> None:
