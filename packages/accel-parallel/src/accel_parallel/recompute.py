@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from accel_parallel.blocks import find_blocks, outermost
 from accel_parallel.forwards import Forward, dress, forward_of, is_replaced, replace_forward, restore_forward
@@ -111,9 +111,9 @@ def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recomputing(inner: Forward, save: str) -> Forward:
-    contexts = noop_context_fn
+    options: dict[str, Any] = {}  # dynamo takes no `context_fn` that does nothing
     if save == "matmuls":
-        contexts = functools.partial(create_selective_checkpoint_contexts, _products())
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _products())
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
@@ -121,7 +121,7 @@ def _recomputing(inner: Forward, save: str) -> Forward:
         kwargs = without_cache(kwargs)
         # One tuple and one dictionary: torch looks through its positional arguments for devices whose random numbers
         # it must put back, and would miss those of tensors passed by name.
-        return checkpoint(_call, inner, self, args, kwargs, use_reentrant=False, context_fn=contexts)
+        return checkpoint(_call, inner, self, args, kwargs, use_reentrant=False, **options)
 
     dress(forward, inner)
     return forward
