@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from accel_parallel import Accumulation, Bundle, DDPStrategy, GradientAccumulationPlugin
+from accel_parallel import Accumulation, Bundle, DDPStrategy, GradientAccumulationPlugin, context
 from accel_parallel.attention import SequenceParallel
 from accel_parallel.sequence import SequenceKind
 from accel_state import ConfigError, Process
@@ -456,18 +457,22 @@ def test_a_group_of_one_and_heads_are_refused_at_once() -> None:
     assert all("group of 1 process(es)" in message for message in run_ranks(single_group, 2))
 
 
-def run_under_autocast(kind: SequenceKind) -> torch.Tensor:
+def run_under_autocast(kind: SequenceKind) -> tuple[list[torch.dtype], torch.Tensor]:
     sequence, model, ids = sequence_parallel(kind), network().float(), tokens(16)
     sequence.attach(model)
     batch = sequence.shard({"input_ids": ids})
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return sequence.unshard(model(batch["input_ids"], batch["position_ids"]).detach())
+    where, name = (context, "_all_gather") if kind == "context" else (torch.distributed, "all_to_all_single")
+    with torch.autocast("cpu", dtype=torch.bfloat16), mock.patch.object(where, name, wraps=getattr(where, name)) as spy:
+        logits = model(batch["input_ids"], batch["position_ids"]).detach()
+    return [call.args[1].dtype for call in spy.call_args_list], sequence.unshard(logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_rounds_before_the_exchange(kind: SequenceKind) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted = network().float()(tokens(16), torch.arange(16).expand(2, -1)).detach()
-    for found in run_ranks(run_under_autocast, 2, kind):
+    for travelled, found in run_ranks(run_under_autocast, 2, kind):
+        # Once a layer for keys and values; for heads once there and once back.
+        assert travelled == [torch.bfloat16] * (2 if kind == "context" else 4)
         assert found.dtype == wanted.dtype
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-2)

@@ -135,6 +135,16 @@ def test_masks_of_four_dimensions_are_cut_as_attention_takes_them() -> None:
     assert shards(batch, "ulysses", 2)[1]["attention_mask"].shape == (1, 1, 8, 8)
 
 
+def test_where_nobody_shares_a_sequence_the_names_are_the_same() -> None:
+    tokens = torch.arange(26).view(2, 13)
+    batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+    alone = shard_sequence(batch, None)
+    parts = shards(batch, "context", 2)
+    assert list(alone) == list(parts[0])
+    for name, value in alone.items():
+        assert torch.equal(value, whole(parts, name, "context")[:, :13])
+
+
 TOKENS = torch.zeros(2, 10, dtype=torch.long)
 
 

@@ -112,7 +112,7 @@ class SequenceLayout:
 
 def shard_sequence(
     batch: Mapping[str, Any],
-    layout: SequenceLayout,
+    layout: SequenceLayout | None,
     *,
     causal: bool = True,
     pad: bool = True,
@@ -133,7 +133,8 @@ def shard_sequence(
 
     Args:
         batch: tensors by name, and anything else.
-        layout: who holds what.
+        layout: who holds what. ``None``, where nobody shares a sequence, cuts nothing and gives the same names, so that
+            a loop runs alike in any world.
         causal: whether a token attends to earlier ones only. ``False`` keeps ``labels`` in place, cut, and refuses
             padding, which the other tokens would attend to.
         pad: ``False`` refuses a length that cannot be divided, instead of padding it.
@@ -144,8 +145,8 @@ def shard_sequence(
             labels that count padding.
     """
     length = _length_of(batch)
-    padded = layout.padded(length)
-    if not (causal and pad):
+    padded = length if layout is None else layout.padded(length)
+    if layout is not None and not (causal and pad):
         layout.check_length(length)
     dims = seq_dims or {}
     _refuse_unknown(batch, dims)
@@ -158,7 +159,7 @@ def shard_sequence(
     shard: dict[str, Any] = {}
     for name, value in whole.items():
         dim = dims[name] if name in dims else _sequence_dim(name, value, length)
-        shard[name] = value if dim is None else _cut(name, value, dim, padded, layout)
+        shard[name] = value if dim is None or layout is None else _cut(name, value, dim, padded, layout)
     if shard.get("position_ids") is None:
         shard["position_ids"] = _position_ids(batch, padded, layout)
     return shard
@@ -207,10 +208,12 @@ def _cut(name: str, value: torch.Tensor, dim: int, padded: int, layout: Sequence
     return layout.take(value, dim=dim)
 
 
-def _position_ids(batch: Mapping[str, Any], padded: int, layout: SequenceLayout) -> torch.Tensor:
+def _position_ids(batch: Mapping[str, Any], padded: int, layout: SequenceLayout | None) -> torch.Tensor:
     tokens = next(batch[name] for name in ("input_ids", "inputs_embeds", "labels", "shift_labels") if name in batch)
     assert isinstance(tokens, torch.Tensor)
-    return layout.positions(padded, tokens.device).expand(tokens.shape[0], -1)
+    device = tokens.device
+    places = torch.arange(padded, device=device) if layout is None else layout.positions(padded, device)
+    return places.expand(tokens.shape[0], -1)
 
 
 def _check_causal(batch: Mapping[str, Any]) -> None:
