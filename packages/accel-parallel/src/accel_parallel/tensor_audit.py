@@ -154,8 +154,8 @@ def _sizes_of(draft: Draft, name: str, style: Style) -> Iterator[tuple[str, int]
             yield from ((key, getattr(config, key)) for key in _HEADS if isinstance(getattr(config, key, None), int))
         if isinstance(head_dim, int) and head_dim > 0 and size % head_dim == 0:
             yield f"{name}.heads", size // head_dim
-    known = {getattr(config, key, None): key for key in ("vocab_size", "intermediate_size")}
-    yield known.get(size, f"{name}.weight.shape[{style.weight_dim}]"), size
+    key = "intermediate_size" if "divided" in (style.entry, style.exit) else "vocab_size"
+    yield key if getattr(config, key, None) == size else f"{name}.weight.shape[{style.weight_dim}]", size
 
 
 def _config_of(parent: nn.Module, model: nn.Module) -> Any:
@@ -187,12 +187,16 @@ def _has_partner(draft: Draft, name: str, end: Literal["entry", "exit"]) -> bool
     parent = name.rpartition(".")[0]
     if any(other.rpartition(".")[0] == parent for other in partners):
         return True
-    while parent and not isinstance(draft.held[parent], (nn.ModuleList, nn.ModuleDict)):
+    while parent and not _holds_layers(draft.held[parent]):
         for other in partners:
             if other.startswith(f"{parent}.") and (order[other] > order[name]) == (end == "entry"):
                 return True
         parent = parent.rpartition(".")[0]
     return False
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) or (isinstance(module, nn.ModuleDict) and all(map(str.isdigit, module)))
 
 
 def _refuse_fused(draft: Draft) -> None:
@@ -246,7 +250,8 @@ def _settle_neighbours(draft: Draft, name: str) -> None:
     """Parameters that may act on a rank's part have a gradient of that part only: sum it, or ask."""
     children = draft.children(name)
     for child, module in {name: draft.held[name], **children}.items():
-        if child in draft.modules or any(other.startswith(f"{child}.") for other in draft.modules if child != name):
+        composed = child != name and any(True for inner in module.children() for _ in inner.parameters())
+        if child in draft.modules or composed:  # the shapes inside a composed one say nothing of what it is given
             continue
         open_ = [
             f"{child}.{key}" if child else key
@@ -262,10 +267,10 @@ def _settle_neighbours(draft: Draft, name: str) -> None:
             draft.derived[child] = "acts inside each head, and each rank has some of the heads"
             continue
         raise ConfigError(
-            f"`{unclear}` lies beside divided modules in `{name or type(module).__name__}`, and its shape leaves open "
-            f"whether it acts on each rank's part. Add '{unclear if child == name else child}' to the plan: "
-            f"'replicate' if it acts before or behind the divided part, or 'replicated_with_grad_allreduce' if inside "
-            f"it, where each rank has a part of its gradient."
+            f"`{unclear}` lies beside divided modules in `{name or type(draft.held[name]).__name__}`, and its shape "
+            f"leaves open whether it acts on each rank's part. Add '{unclear if child == name else child}' to the "
+            f"plan: 'replicate' if it acts before or behind the divided part, or 'replicated_with_grad_allreduce' if "
+            f"inside it, where each rank has a part of its gradient."
         )
 
 

@@ -128,7 +128,8 @@ def _own_rows(module: nn.Module, index: torch.Tensor, rank: int, size: int) -> t
     if padding is not None:
         module.__dict__[_PADDING] = padding
         module.padding_idx = padding % rows if padding // rows == rank else None  # type: ignore[assignment]
-    return local.masked_fill(elsewhere, 0)
+    own: torch.Tensor = local.masked_fill(elsewhere, 0)
+    return own
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:

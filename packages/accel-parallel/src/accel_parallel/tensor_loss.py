@@ -25,8 +25,8 @@ __all__ = ["divided_cross_entropy", "loss_parallel"]
 def loss_parallel() -> Iterator[None]:
     """While open, ``torch.nn.functional.cross_entropy`` computes with divided logits as they are, also in a model.
 
-    Only forward has to be inside. Other logits are computed as ever. Without this context the result is the same, but
-    the logits are gathered first.
+    Only forward has to be inside. Other logits are computed as ever. Without this context torch refuses divided logits
+    beside a plain target.
     """
     with _Intercept():
         yield
@@ -130,8 +130,7 @@ def _from_functional(
         shown = ", ".join(f"{key}={value}" for key, value in given.items() if value)
         raise ConfigError(
             f"`cross_entropy` was given {shown} with divided logits, which the divided loss has not. Leave that out "
-            f"(`reduction` replaces the first two), or compute the loss outside `loss_parallel()`, where the logits "
-            f"are gathered."
+            f"(`reduction` replaces the first two), or give `logits.full_tensor()`, which gathers them."
         )
     return divided_cross_entropy(input, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
 
