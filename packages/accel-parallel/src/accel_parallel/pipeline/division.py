@@ -15,7 +15,7 @@ from accel_parallel.pipeline.rehearsal import Route, rehearse
 from accel_parallel.pipeline.split import check_split_points, plan_split_points
 from accel_state.errors import ConfigError
 
-__all__ = ["Division", "divide"]
+__all__ = ["Division", "divide", "owners_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ def divide(
                 f"layers of one class that it calls. Name in `split_points` the {num_stages - 1} module(s) with which "
                 f"later stages begin, or in `no_split_module_classes` the class of its blocks."
             )
-        starts = tuple(plan_split_points(sizes, num_stages)) if auto else _ordered(named, route)
-        return Division(cast, starts, _owners(route, starts))
+        starts = _planned(cast, example, route, sizes, num_stages) if auto else _ordered(named, route)
+        return Division(cast, starts, owners_of(route, starts))
     except BaseException:
         cast.dismiss()
         raise
@@ -107,6 +107,41 @@ def _sizes(cast: Cast, route: Route) -> dict[str, int]:
     return sizes
 
 
+def _planned(
+    cast: Cast, example: Mapping[str, Any], route: Route, sizes: Mapping[str, int], num_stages: int
+) -> tuple[str, ...]:
+    """The best cuts; where the model cannot be cut there, the best of those places where it can.
+
+    Cuts that can be made each for itself can be made together: what is needed after the second, and computed before
+    the first, passes through the first as well, since it is needed after that.
+    """
+    starts = tuple(plan_split_points(sizes, num_stages))
+    refusal = _refusal(cast, example, route, starts)
+    if refusal is None:
+        return starts
+    groups: dict[str, int] = {}
+    for name, size in sizes.items():
+        if not groups or _refusal(cast, example, route, (name,)) is None:
+            groups[name] = 0
+        groups[next(reversed(groups))] += size
+    if len(groups) < num_stages:
+        raise ConfigError(
+            f"{num_stages} pipeline stages were asked for, and of the {len(sizes)} blocks of "
+            f"`{type(cast.model).__name__}` only {len(groups)} can begin one, the first included: {refusal} Start at "
+            f"most {len(groups)} process(es)."
+        ) from refusal
+    return tuple(plan_split_points(groups, num_stages))
+
+
+def _refusal(cast: Cast, example: Mapping[str, Any], route: Route, starts: tuple[str, ...]) -> ConfigError | None:
+    """Why the model cannot be cut there, if it cannot."""
+    try:
+        rehearse(cast, example["args"], example["kwargs"], starts=starts, owners=owners_of(route, starts))
+    except ConfigError as error:
+        return error
+    return None
+
+
 def _ordered(named: tuple[str, ...], route: Route) -> tuple[str, ...]:
     for name in named:
         if name not in route.calls:
@@ -117,7 +152,8 @@ def _ordered(named: tuple[str, ...], route: Route) -> tuple[str, ...]:
     return tuple(sorted(named, key=route.calls.index))
 
 
-def _owners(route: Route, starts: tuple[str, ...]) -> dict[str, int]:
+def owners_of(route: Route, starts: tuple[str, ...]) -> dict[str, int]:
+    """By name of a weight, the stages that use it, as bits, if later stages begin with `starts`."""
     order = {name: index for index, name in reversed(list(enumerate(route.calls)))}
     begins = [order[name] for name in starts]
 

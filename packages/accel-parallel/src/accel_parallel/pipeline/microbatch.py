@@ -185,5 +185,5 @@ def _walk(tree: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def argument_name(path: str) -> str:
-    """What stands at a path of ``{"args": ..., "kwargs": ...}``: ``mask`` at ``.kwargs.mask``, ``[0]`` at ``.args[0]``."""
+    """``mask`` for ``.kwargs.mask`` and ``[0]`` for ``.args[0]``, paths in a tree of ``args`` and ``kwargs``."""
     return path.removeprefix(".kwargs").removeprefix(".args").removeprefix(".")

@@ -29,11 +29,13 @@ class Outline:
     """Paths of arguments that it changes in place."""
 
 
-@dataclass(frozen=True, slots=True)
 class Like:
     """In place of a tensor that a block gives: it is shaped as the argument at `path`."""
 
-    path: str
+    __slots__ = ("path",)  # no dataclass, which would be a container of tensors
+
+    def __init__(self, path: str) -> None:
+        self.path = path
 
 
 def outline(unit: Unit, cast: Cast, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline:

@@ -103,6 +103,8 @@ class _Scene:
                 self.boundaries.append(self._cross(unit, given))
             journal.place = unit.name
         for path, tensor in given:
+            if isinstance(tensor, Absent) and tensor.label:
+                journal.uses.setdefault(tensor.label, set()).add(journal.place)
             self._check_there(tensor, f"argument `{argument_name(path)}` of `{unit.name}`")
         for weight in unit.weights:
             journal.uses.setdefault(weight.name, set()).add(journal.place)

@@ -15,7 +15,7 @@ from accel_parallel.pipeline.rehearsal import Boundary, Route
 from accel_state.errors import AccelError
 from accel_state.tree import map_tensors
 
-__all__ = ["StageRun"]
+__all__ = ["StageModule", "StageRun"]
 
 
 class StageRun:
@@ -29,7 +29,7 @@ class StageRun:
         from torch.distributed.pipelining import PipelineStage, ScheduleGPipe  # slow to import
 
         self.num_chunks = num_chunks
-        self.module = _StageModule(cast, route, stage, is_last=stage == num_stages - 1)
+        self.module = StageModule(cast, route, stage, is_last=stage == num_stages - 1)
         token = torch.empty(1, dtype=torch.int64, device="meta")
         self._stage = PipelineStage(
             self.module,
@@ -58,7 +58,7 @@ class StageRun:
             self._stage.clear_runtime_states()  # the activations of all micro-batches
 
 
-class _StageModule(nn.Module):
+class StageModule(nn.Module):
     """Runs the model's forward from where this stage begins to where it ends."""
 
     def __init__(self, cast: Cast, route: Route, stage: int, *, is_last: bool) -> None:
