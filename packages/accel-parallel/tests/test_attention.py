@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accel_parallel import Accumulation, Bundle, DDPStrategy, GradientAccumulationPlugin, context
 from accel_parallel.attention import SequenceParallel
+from accel_parallel.recompute import checkpoint_activations
 from accel_parallel.sequence import SequenceKind
 from accel_state import ConfigError, Process
 from accel_state.testing import run_ranks
@@ -285,6 +286,42 @@ def test_a_loss_over_the_whole_counts_once(kind: SequenceKind) -> None:
         assert_same(found, reference(14, {})[2:])
 
 
+class Inline(nn.Module):
+    """A block that calls attention itself, with no module of its own for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.first(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        answer = functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return cast(torch.Tensor, x + self.second(answer.transpose(1, 2).flatten(2)))
+
+
+def inline() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Inline(), Inline()).double()
+
+
+def recompute_inline(kind: SequenceKind) -> list[torch.Tensor]:
+    sequence, model = sequence_parallel(kind), inline()
+    sequence.attach(model)
+    checkpoint_activations(model, list(model.named_children()))
+    model(sequence.shard({"inputs_embeds": inputs(8)})["inputs_embeds"]).square().sum().backward()
+    for each in gradients(model):
+        torch.distributed.all_reduce(each)
+    return gradients(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_are_recomputed_whole_exchange_again(kind: SequenceKind) -> None:
+    model = inline()
+    model(inputs(8)).square().sum().backward()
+    for found in run_ranks(recompute_inline, 2, kind):
+        assert_same(found, gradients(model))
+
+
 def train_in_shards(kind: SequenceKind) -> list[torch.Tensor]:
     """On a rank: parameters divided over the same ranks, blocks recomputed."""
     from torch.distributed.fsdp import fully_shard
@@ -335,7 +372,7 @@ def attach_copy_detach() -> list[torch.Tensor]:
     sequence.detach(model)
     whole = (ids, torch.arange(16).expand(2, -1))
     answers += [each(*whole).detach() for each in (model, beside)]
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
     # An error inside a forward leaves nothing entered behind.
     with pytest.raises(IndexError):
         twin(batch["input_ids"] + VOCABULARY, batch["position_ids"])
@@ -431,7 +468,7 @@ def test_what_would_be_wrong_is_refused(kind: SequenceKind) -> None:
         "ends in padding",
         "No attention of `Sequential` was seen",
         "`need_weights=False`",
-        "Odd is attached to this group already",
+        "Odd is attached to a group already",
         "1 buffer(s) came with 0 `buffer_seq_dims`",
         "none of `buffers`",
         "7 tokens cannot be divided evenly",

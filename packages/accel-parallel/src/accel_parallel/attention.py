@@ -7,17 +7,16 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from accel_parallel.arguments import CallAdapter, check_model
 from accel_parallel.context import attend_in_context, gather_sequence
+from accel_parallel.forwards import Forward, dress, forward_of, is_replaced, replace_forward, restore_forward
 from accel_parallel.parallelism import ContextBackend, TorchContextParallelConfig
 from accel_parallel.ring import TorchRing
 from accel_parallel.sequence import SequenceKind, SequenceLayout, shard_sequence
@@ -28,6 +27,7 @@ __all__ = ["SequenceParallel"]
 
 _ATTENTION = functional.scaled_dot_product_attention
 _HEADS = functional.multi_head_attention_forward
+_KIND = "sequence"
 
 
 class SequenceParallel:
@@ -74,46 +74,51 @@ class SequenceParallel:
         eagerly: Callable[..., Any] = torch.compiler.disable
         self._mode = _Catcher(eagerly(self._attend), eagerly(self._attend_heads))
         self._calls = _Calls()
-        self._handles: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
         self._cut: dict[int, bool] = {}
         """Lengths of the parts that were handed out, and whether the last of that length was of a padded sequence."""
         self._ring_open = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
-        """A copy of an attached model belongs to the same group."""
-        return self
-
-    def attach(self, model: nn.Module) -> None:
-        """Called once for each model, by `Strategy.prepare`, before it is wrapped.
-
-        A copy of the model made later is attached too, and stays so.
+    def check(self, model: nn.Module) -> None:
+        """Refuse what `attach` would. Changes nothing.
 
         Raises:
-            ConfigError: for a model whose attention cannot be divided.
+            ConfigError: for a model whose attention cannot be divided, or that is attached already.
         """
-        if model in self._handles:
+        if is_replaced(model, _KIND):
             raise ConfigError(
-                f"{type(model).__name__} is attached to this group already, and would exchange everything twice. "
-                f"Attach a model once."
+                f"{type(model).__name__} is attached to a group already, and would exchange everything twice. Attach a "
+                f"model once."
             )
         check_model(model, self.layout, tp_size=self._tp_size)
-        handles: list[RemovableHandle] = []
+        self._adapter_of(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Called once for each model, by `Strategy.prepare`, before it is wrapped, recomputed or compiled.
+
+        A copy of the model made later is attached too.
+
+        Raises:
+            ConfigError: as of `check`.
+        """
+        self.check(model)
+        made: dict[Forward, Forward] = {}
         for module in model.modules():
-            if module is model or _may_attend(module):
-                handles += [
-                    module.register_forward_pre_hook(self._enter, prepend=True),
-                    module.register_forward_hook(self._leave, always_call=True),
-                ]
-        if hasattr(getattr(model, "config", None), "_attn_implementation"):
-            adapter = CallAdapter(model, self.layout, self.group)
-            handles.append(model.register_forward_pre_hook(_Adapting(self, adapter), with_kwargs=True))
-        handles.append(model.register_forward_hook(self._check_attended, prepend=True))
-        self._handles[model] = handles
+            inner = forward_of(module)
+            if module is model:
+                replace_forward(module, _KIND, self._whole_forward(inner, self._adapter_of(model)), inner)
+            elif self._ring is None and _may_attend(module):
+                if inner not in made:
+                    made[inner] = self._part_forward(inner)
+                replace_forward(module, _KIND, made[inner], inner)
 
     def detach(self, model: nn.Module) -> None:
-        """Undo `attach`. A model that is not attached stays as it is."""
-        for handle in self._handles.pop(model, []):
-            handle.remove()
+        """Undo `attach`, on the model or a copy. One that is not attached stays as it is.
+
+        Raises:
+            ConfigError: if its forward was replaced again since then.
+        """
+        for module in model.modules():
+            restore_forward(module, _KIND, how="Detaching from sequence parallelism")
 
     def shard(
         self,
@@ -190,23 +195,49 @@ class SequenceParallel:
                 if data is not None:
                     buffer.data = data
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        calls = self._calls
-        if not calls.open and self._ring is None:
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
-        calls.open.append((id(module), calls.attended))
+    def _adapter_of(self, model: nn.Module) -> CallAdapter | None:
+        like_transformers = hasattr(getattr(model, "config", None), "_attn_implementation")
+        return CallAdapter(model, self.layout, self.group) if like_transformers else None
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        calls = self._calls
-        if not calls.open or calls.open[-1][0] != id(module):
-            return  # another hook raised before this forward was entered
-        calls.open.pop()
-        if not calls.open:
-            calls.ends_in_padding = False
-            if self._ring is None:
-                self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    def _part_forward(self, inner: Forward) -> Forward:
+        """The forward of a part of a model: alone where activation checkpointing runs that part again."""
 
-    def _check_attended(self, module: nn.Module, args: Any, output: Any) -> None:
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self._run(inner, module, args, kwargs)
+
+        dress(forward, inner)
+        return forward
+
+    def _whole_forward(self, inner: Forward, adapter: CallAdapter | None) -> Forward:
+        """The forward of an attached model, which has to have called attention."""
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls = self._calls
+            before, padding = calls.attended, calls.ends_in_padding
+            if adapter is not None:
+                args, kwargs, calls.ends_in_padding = adapter.adapt(args, kwargs)
+            try:
+                output = self._run(inner, module, args, kwargs)
+            finally:
+                calls.ends_in_padding = padding
+            self._check_attended(module, calls.attended - before)
+            return output
+
+        dress(forward, inner)
+        return forward
+
+    def _run(self, inner: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        calls = self._calls
+        if calls.entered or self._ring is not None:
+            return inner(module, *args, **kwargs)
+        calls.entered = True
+        try:
+            with self._mode:
+                return inner(module, *args, **kwargs)
+        finally:
+            calls.entered = False
+
+    def _check_attended(self, module: nn.Module, times: int) -> None:
         name = type(module).__name__
         if self._ring is not None:
             if not self._ring_open:
@@ -214,8 +245,7 @@ class SequenceParallel:
                     f"`{name}` was called outside `maybe_context_parallel`, where `cp_backend='torch'` exchanges "
                     f"nothing, so that attention saw one rank's tokens only. Put forward and backward inside it."
                 )
-            return
-        if self._calls.attended == self._calls.open[-1][1]:
+        elif times == 0:
             raise ConfigError(
                 f"No attention of `{name}` was seen in its forward, though each of {self.layout.size} ranks has a part "
                 f"of the sequence only: what it computes by other means ends at the edge of that part. Have it call "
@@ -318,28 +348,14 @@ class _Calls(threading.local):
     """What one thread is in. Backward may run a part of a model again in a thread of its own."""
 
     def __init__(self) -> None:
-        self.open: list[tuple[int, int]] = []
-        """Modules whose forward runs, outermost first, and how often attention had been caught when it began."""
+        self.entered = False
+        """Whether attention is being caught."""
         self.attended = 0
+        """How often it has been, so far."""
         self.inside = False
         """Whether the attention that runs is the one over all ranks."""
         self.ends_in_padding = False
         """Whether the mask of the outermost forward says so."""
-
-
-class _Adapting:
-    """The hook that rewrites a model's arguments."""
-
-    def __init__(self, owner: SequenceParallel, adapter: CallAdapter) -> None:
-        self._owner = owner
-        self._adapter = adapter
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Adapting:
-        return self
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs, self._owner._calls.ends_in_padding = self._adapter.adapt(args, kwargs)
-        return args, kwargs
 
 
 def _may_attend(module: nn.Module) -> bool:
