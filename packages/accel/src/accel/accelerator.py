@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from accel.engine import Engine, refuse_apart, refuse_inside
+from accel.engine import Engine, refuse_inside, refuse_saving
 from accel.loops import Loops
 from accel.metrics import current_batch, gather_for_metrics
 from accel.process_view import ProcessView
@@ -286,12 +286,16 @@ class Accelerator(ProcessView):
                 over its micro-batches and processes. With it, the sum over this process's items.
             num_items: items (tokens, samples) that `loss` is the sum of, on this process: the gradient is divided by
                 their number in the whole window, over all processes. Every rank must then call this equally often.
-            kwargs: passed on to ``loss.backward``.
+            kwargs: passed on to ``loss.backward``; for an optimizer that steps inside it, ``learning_rate``.
 
         Raises:
             ConfigError: if a window has some losses with and some without `num_items`.
         """
         self._engine.backward(loss, num_items, kwargs)
+
+    def lomo_backward(self, loss: torch.Tensor, learning_rate: float) -> None:
+        """`backward` at this rate, for an optimizer that steps inside it; `backward` takes the optimizer's own rate."""
+        self._engine.lomo_backward(loss, learning_rate)
 
     def accumulate(self, *models: nn.Module, num_steps: int | None = None) -> AbstractContextManager[None]:
         """Around forward, backward, clipping and step of one micro-batch: the step happens when the window ends.
@@ -442,7 +446,7 @@ class Accelerator(ProcessView):
             CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
         """
         self._together("save_state")
-        refuse_apart(self._engine, "save_state")
+        refuse_saving(self._engine)
         return self._saving.save(output_dir)
 
     def load_state(self, input_dir: str | Path | None = None) -> Path | None:

@@ -20,6 +20,7 @@ from accel_parallel.accumulation import Accumulation, Scope, Window
 from accel_parallel.audit import audit_model, audit_optimizer
 from accel_parallel.audit_ranks import audit_ranks
 from accel_parallel.dtype_table import DtypeRow, changed_dtypes, dtype_table, dtypes_of, format_dtype_table
+from accel_parallel.lomo import FusedOptimizer, audit_fused, steps_in_backward
 from accel_parallel.optimizer import PreparedOptimizer
 from accel_parallel.plugins import GradientAccumulationPlugin
 from accel_parallel.scheduler import PreparedScheduler
@@ -28,7 +29,7 @@ from accel_state.errors import ConfigError
 from accel_state.logging import get_logger
 from accel_state.protocols import Precision, StatefulLoader
 
-__all__ = ["Engine", "refuse_apart", "refuse_inside"]
+__all__ = ["Engine", "refuse_inside", "refuse_saving"]
 
 logger = get_logger(__name__)
 
@@ -51,6 +52,10 @@ class Engine:
         """Whether ranks may have left a block for uneven inputs, so that only gradients can be exchanged."""
         self._scales = precision.scaler.enabled and Duty.SCALE not in strategy.owns
         self._averages = Duty.AVERAGE not in strategy.owns
+        self._fused: FusedOptimizer | None = None
+        """The optimizer that runs backward by itself, if there is one."""
+        self._is_special = self._scales
+        """Whether a backward is more than that of the strategy, whatever its window."""
         each = accumulation.sync_each_batch
         self._exchanges_each_batch = strategy.average_size == 1 or (
             strategy.exchanges_each_batch if each is None else each
@@ -87,6 +92,12 @@ class Engine:
             others = [prepared.optimizer for prepared in self.optimizers] + list(optimizers[:index])
             name = f"optimizer number {len(self.optimizers) + index}"
             audit_optimizer(optimizer, name=name, models=known, others=others)
+        audit_fused(
+            optimizers,
+            prepared=[each.optimizer for each in self.optimizers],
+            num_steps=self.accumulation.num_steps,
+            scales=self._scales,
+        )
         if models or optimizers:
             audit_ranks(models, optimizers, first=len(self.models))
         dtypes = [dtypes_of(model) for model in models]
@@ -124,6 +135,12 @@ class Engine:
             ConfigError: if that optimizer is not prepared, or the scheduler is already.
         """
         _refuse_prepared([scheduler], PreparedScheduler)
+        if hasattr(scheduler, "param_groups"):
+            raise ConfigError(
+                f"`prepare` was given a {type(scheduler).__name__}, which has parameter groups as an optimizer has, "
+                f"but is no `torch.optim.Optimizer`, so where it keeps its state is not known. Use one that is, "
+                f"such as `AdamWScheduleFree` instead of a `ScheduleFreeWrapper`."
+            )
         target = getattr(scheduler, "optimizer", None)
         optimizers = [each for each in self.optimizers if target is each or target is each.optimizer]
         if not optimizers:
@@ -141,7 +158,7 @@ class Engine:
     ) -> None:
         """Run backward on `loss` at the scale that makes the window's gradient exact."""
         accumulation = self.accumulation
-        if num_items is None and not self._scales and accumulation.is_trivial:
+        if num_items is None and not self._is_special and accumulation.is_trivial:
             self.strategy.backward(loss, **kwargs)
             return
         if num_items is not None:
@@ -152,9 +169,25 @@ class Engine:
             if accumulation.between_windows:
                 self.precision.scaler.update()
             loss = self.precision.scaler.scale(loss)
-        self.strategy.backward(loss, **kwargs)
+        if self._fused is None:
+            self.strategy.backward(loss, **kwargs)
+        else:
+            self._fused.run_backward(loss, kwargs.pop("learning_rate", None), kwargs)
         if self._averages:
             accumulation.after_backward()
+
+    def lomo_backward(self, loss: torch.Tensor, learning_rate: float) -> None:
+        """Backward and step in one, at this rate.
+
+        Raises:
+            ConfigError: if no prepared optimizer does that.
+        """
+        if self._fused is None:
+            raise ConfigError(
+                "`lomo_backward` was called, and no prepared optimizer steps inside backward (by a method "
+                "`fused_backward`, as LOMO has). Prepare one, or call `backward(loss)`."
+            )
+        self.backward(loss, None, {"learning_rate": learning_rate})
 
     def accumulate(self, models: tuple[nn.Module, ...], num_steps: int | None = None) -> AbstractContextManager[None]:
         """One micro-batch of these models (all: none given), in windows of `num_steps` if not those of all.
@@ -230,6 +263,7 @@ class Engine:
             held.clear()
         self._windows_of_model.clear()
         self._wrapped.clear()
+        self._fused, self._is_special = None, self._scales
         self.loops.forget()
         self.accumulation = Accumulation(plugin, self.strategy)
 
@@ -251,7 +285,10 @@ class Engine:
 
     def _bind(self, optimizer: Optimizer) -> PreparedOptimizer:
         window = self.accumulation.bind(p for group in optimizer.param_groups for p in group["params"])
-        prepared = PreparedOptimizer(optimizer, window=window, strategy=self.strategy, scaler=self.precision.scaler)
+        kind = FusedOptimizer if steps_in_backward(optimizer) else PreparedOptimizer
+        prepared = kind(optimizer, window=window, strategy=self.strategy, scaler=self.precision.scaler)
+        if isinstance(prepared, FusedOptimizer):
+            self._fused, self._is_special = prepared, True
         self.optimizers.append(prepared)
         return prepared
 
@@ -286,6 +323,8 @@ class Engine:
                 "change "
                 f"no step. Pass the parameters of the model that `prepare` returned."
             )
+        if self._fused is not None and self._fused in found:
+            self._fused.refuse_clip()
         return found
 
     def _current_scale(self) -> torch.Tensor:
@@ -302,13 +341,16 @@ def refuse_inside(engine: Engine, what: str) -> None:
         )
 
 
-def refuse_apart(engine: Engine, what: str) -> None:
-    """Refuse `what`, which takes one rank's model for that of all, where they differ."""
+def refuse_saving(engine: Engine) -> None:
+    """Refuse to save what is not the state of all ranks, or would not come back."""
     if any(window.local for window in engine.accumulation.windows):
         raise ConfigError(
-            f"`{what}` was called inside `LocalSGD`, where each rank has parameters of its own since the last average, "
-            f"and those of one would pass for all. Call it after the block, and enter another one to go on."
+            "`save_state` was called inside `LocalSGD`, where each rank has parameters of its own since the last "
+            "average, and those of one would pass for all. Call it after the block, and enter another one to go on."
         )
+    for optimizer in engine.optimizers:
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer.refuse_lost_state()
 
 
 class _Quiet:
