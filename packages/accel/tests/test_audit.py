@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from accel import Accelerator, ConfigError, GradScalerKwargs
+from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
 from accel_state.process import ProcessSettings
 from accel_state.testing import run_ranks
 
@@ -172,3 +173,32 @@ def skipped(kind: str) -> tuple[list[bool], bool, int, float]:
 def test_a_skipped_step_is_seen_however_the_optimizer_computes(kind: str, world: int) -> None:
     expected = ([False, True, False], False, 2, pytest.approx(0.1 * 0.5**2))
     assert run_ranks(skipped, world, kind, settings=CPU) == [expected] * world
+
+
+def sharded_in_float16(parameters_too: bool) -> tuple[str, list[bool], int]:
+    """On a rank: the refusal of float16 parameters, or which steps were skipped where rank 1 alone overflows."""
+    scaling = GradScalerKwargs(init_scale=64.0)
+    plugin = FullyShardedDataParallelPlugin()
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=[scaling], fsdp_plugin=plugin)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    if parameters_too:
+        model[1].half()
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    except ConfigError as error:
+        return str(error), [], 0
+    seen = []
+    for step in range(3):
+        overflows = step == 1 and accelerator.process_index == 1
+        accelerator.backward(model(torch.ones(1, 4)).sum() * (float("inf") if overflows else 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(accelerator.optimizer_step_was_skipped)
+    return "", seen, optimizer.steps_taken
+
+
+def test_float16_is_looked_after_where_models_are_sharded() -> None:
+    for message, *_ in run_ranks(sharded_in_float16, 2, True, settings=CPU):
+        assert "The trainable parameter `model.1.weight` (and 1 more) is float16" in message
+    assert run_ranks(sharded_in_float16, 2, False, settings=CPU) == [("", [False, True, False], 2)] * 2

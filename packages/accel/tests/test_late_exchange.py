@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from accel import Accelerator
+from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.sharded import whole
 from accel_state.process import ProcessSettings
 from accel_state.testing import run_ranks
 
@@ -23,18 +25,24 @@ def rows(index: int, rank: int) -> torch.Tensor:
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    return [whole(parameter.grad).clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-def two_forwards_one_exchange() -> list[list[torch.Tensor]]:
+def start(num_steps: int, sharded: bool) -> Accelerator:
+    plugin = FullyShardedDataParallelPlugin() if sharded else None
+    return Accelerator(cpu=True, gradient_accumulation_steps=num_steps, fsdp_plugin=plugin)
+
+
+def two_forwards_one_exchange(sharded: bool) -> list[list[torch.Tensor]]:
     """On a rank: gradients after each of two backwards whose forwards were both inside `no_sync`."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = start(1, sharded)
     model = network()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with accelerator.no_sync(model):
         losses = [model(rows(index, accelerator.process_index)).square().mean() for index in range(2)]
-    accelerator.backward(losses[0])
-    found = [gradients(model)]
+    with accelerator.no_sync(model):
+        accelerator.backward(losses[0])
+    found = [[] if sharded else gradients(model)]  # torch keeps whole gradients of sharded models aside
     with accelerator.trigger_sync_in_backward(model):
         accelerator.backward(losses[1])
     found.append(gradients(model))
@@ -42,9 +50,9 @@ def two_forwards_one_exchange() -> list[list[torch.Tensor]]:
     return found
 
 
-def in_a_window(early: int | None) -> list[list[torch.Tensor]]:
+def in_a_window(early: int, sharded: bool) -> list[list[torch.Tensor]]:
     """On a rank: gradients after the micro-batch in which an exchange was asked for, and at the end of the window."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=WINDOW)
+    accelerator = start(WINDOW, sharded)
     model = network()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     found = []
@@ -76,17 +84,19 @@ def assert_near(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_last_of_several_backwards_exchanges_their_sum(world: int) -> None:
-    results = run_ranks(two_forwards_one_exchange, world, settings=ProcessSettings(device="cpu"))
+@pytest.mark.parametrize(("world", "sharded"), [(1, False), (2, False), (3, False), (2, True)])
+def test_the_last_of_several_backwards_exchanges_their_sum(world: int, sharded: bool) -> None:
+    results = run_ranks(two_forwards_one_exchange, world, sharded, settings=ProcessSettings(device="cpu"))
     for rank, (local, summed) in enumerate(results):
-        assert_near(local, expected([0], [rank], 1))
+        if not sharded:
+            assert_near(local, expected([0], [rank], 1))
         assert_near(summed, expected([0, 1], list(range(world)), world))
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("early", [0, 2])
-def test_an_exchange_within_a_window_changes_nothing_at_its_end(early: int) -> None:
-    results = run_ranks(in_a_window, 2, early, settings=ProcessSettings(device="cpu"))
-    for within, whole in results:
+def test_an_exchange_within_a_window_changes_nothing_at_its_end(early: int, sharded: bool) -> None:
+    results = run_ranks(in_a_window, 2, early, sharded, settings=ProcessSettings(device="cpu"))
+    for within, at_end in results:
         assert_near(within, expected(list(range(early + 1)), [0, 1], 2 * WINDOW))
-        assert_near(whole, expected(list(range(WINDOW)), [0, 1], 2 * WINDOW))
+        assert_near(at_end, expected(list(range(WINDOW)), [0, 1], 2 * WINDOW))
