@@ -46,7 +46,7 @@ class _SumParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
-        if dist.get_backend(group) == "gloo":  # adds in place on the CPU, and has no reduce-scatter in torch 2.6
+        if tensor.device.type == "cpu" or dist.get_backend(group) == "gloo":  # which has no reduce-scatter in torch 2.6
             total = tensor.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total, group=group)
             return total[group.rank()].clone()
