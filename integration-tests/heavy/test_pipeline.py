@@ -110,14 +110,18 @@ def test_every_model_gives_what_one_process_gives(kinds: tuple[str, ...], world_
         for worst, points, size in (found[kind] for found in ranks):
             assert worst < 1e-10, kind
             assert len(points) == world_size - 1
-            assert size < 0.8 * total, (kind, size, total)
+            assert size < 0.9 * total, (kind, size, total)
 
 
 def refused() -> list[str]:
     found = []
-    for extra in ({"use_cache": True}, {"output_hidden_states": True}, {"labels": inputs("llama", 4, 8)["input_ids"]}):
-        with pytest.raises(ConfigError) as caught:
-            prepare_pippy(build("llama"), example_kwargs=inputs("llama", 4, 8) | extra)
+    for kind, extra in (
+        ("llama", {"use_cache": True}),
+        ("mixtral", {"output_hidden_states": True}),
+        ("llama", {"labels": inputs("llama", 4, 8)["input_ids"]}),
+    ):
+        with pytest.raises(ConfigError, match="") as caught:
+            prepare_pippy(build(kind), example_kwargs=inputs(kind, 4, 8) | extra)
         found.append(str(caught.value))
     return found
 
@@ -125,7 +129,8 @@ def refused() -> list[str]:
 @pytest.mark.timeout(300)
 def test_outputs_that_no_rank_has_whole_are_refused() -> None:
     cache, hidden, labels = run_ranks(refused, 2, timeout_s=250)[1]
-    assert "returns a DynamicCache at `.past_key_values`" in cache
+    assert "returns a DynamicCache at" in cache
     assert "Pass `use_cache=False`" in cache
-    assert "Stage 1 needs the output at `.hidden_states[1]`" in hidden
+    assert "of the 4 blocks of `MixtralForCausalLM` only 1 can begin one" in hidden
+    assert "needs the output at `.hidden_states[" in hidden
     assert "tensor of shape () at `.loss`" in labels
