@@ -13,6 +13,7 @@ from accel_parallel._version import __version__
 if TYPE_CHECKING:
     from accel_parallel.accumulation import Accumulation as Accumulation
     from accel_parallel.accumulation import Window as Window
+    from accel_parallel.attention import SequenceParallel as SequenceParallel
     from accel_parallel.audit import audit_model as audit_model
     from accel_parallel.audit import audit_optimizer as audit_optimizer
     from accel_parallel.blocks import find_blocks as find_blocks
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from accel_parallel.checkpoint import Item as Item
     from accel_parallel.checkpoint import latest_checkpoint as latest_checkpoint
     from accel_parallel.checkpoint import save_checkpoint as save_checkpoint
+    from accel_parallel.compilation import TorchDynamoPlugin as TorchDynamoPlugin
+    from accel_parallel.compilation import compile_model as compile_model
+    from accel_parallel.compilation import compile_regions as compile_regions
+    from accel_parallel.compilation import has_compiled_regions as has_compiled_regions
+    from accel_parallel.compilation import is_compiled as is_compiled
+    from accel_parallel.compilation import uncompile as uncompile
     from accel_parallel.ddp import DDPStrategy as DDPStrategy
     from accel_parallel.fsdp import FSDPStrategy as FSDPStrategy
     from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
@@ -34,13 +41,28 @@ if TYPE_CHECKING:
     from accel_parallel.scheduler import PreparedScheduler as PreparedScheduler
     from accel_parallel.select import select_strategy as select_strategy
     from accel_parallel.select import strategy_class as strategy_class
+    from accel_parallel.sequence import shard_sequence as shard_sequence
     from accel_parallel.single import SingleStrategy as SingleStrategy
     from accel_parallel.strategy import Bundle as Bundle
     from accel_parallel.strategy import Duty as Duty
     from accel_parallel.strategy import OptimizerState as OptimizerState
     from accel_parallel.strategy import Strategy as Strategy
+    from accel_parallel.tensor import apply_tensor_parallel as apply_tensor_parallel
+    from accel_parallel.tensor_loss import loss_parallel as loss_parallel
+    from accel_parallel.tensor_plan import plan_tensor_parallel as plan_tensor_parallel
 
 _HOME = {
+    "shard_sequence": "sequence",
+    "SequenceParallel": "attention",
+    "apply_tensor_parallel": "tensor",
+    "plan_tensor_parallel": "tensor_plan",
+    "loss_parallel": "tensor_loss",
+    "uncompile": "compilation",
+    "is_compiled": "compilation",
+    "has_compiled_regions": "compilation",
+    "compile_regions": "compilation",
+    "compile_model": "compilation",
+    "TorchDynamoPlugin": "compilation",
     "checkpoint_activations": "recompute",
     "find_blocks": "blocks",
     "TorchContextParallelConfig": "parallelism",

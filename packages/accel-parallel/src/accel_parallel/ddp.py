@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from accel_state.errors import ConfigError
 from accel_state.process import Process
 from accel_state.protocols import LossScaler
 from accel_state.topology import Axis
+
+if TYPE_CHECKING:
+    from accel_parallel.compilation import TorchDynamoPlugin
 
 __all__ = ["DDPStrategy"]
 
@@ -50,8 +53,9 @@ class DDPStrategy(SingleStrategy):
         place: bool = True,
         options: DistributedDataParallelKwargs | None = None,
         parallelism: ParallelismConfig | None = None,
+        dynamo: TorchDynamoPlugin | None = None,
     ) -> None:
-        super().__init__(process, place=place, parallelism=parallelism)
+        super().__init__(process, place=place, parallelism=parallelism, dynamo=dynamo)
         if process.topology.world_size < 2:
             raise ConfigError(
                 "Data parallel was asked for in a world of one process, which has nobody to average gradients with. "

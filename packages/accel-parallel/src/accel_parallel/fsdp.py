@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ from accel_parallel.weights import AsTheyAre, FromFiles, FromRankZero, WeightSou
 from accel_state.errors import ConfigError
 from accel_state.process import DistributedType, Process
 from accel_state.topology import Axis, MeshShape
+
+if TYPE_CHECKING:
+    from accel_parallel.compilation import TorchDynamoPlugin
 
 __all__ = ["FSDPStrategy"]
 
@@ -58,6 +61,7 @@ class FSDPStrategy(SingleStrategy):
         place: bool = True,
         options: FullyShardedDataParallelPlugin | None = None,
         parallelism: ParallelismConfig | None = None,
+        dynamo: TorchDynamoPlugin | None = None,
     ) -> None:
         """Every rank must call this: it makes the process groups of the mesh."""
         if not place:
@@ -65,7 +69,7 @@ class FSDPStrategy(SingleStrategy):
                 "`device_placement=False` leaves models where they are, and shards live on the process's device. "
                 "Leave it out with FSDP."
             )
-        super().__init__(process, options=None, parallelism=parallelism)
+        super().__init__(process, options=None, parallelism=parallelism, dynamo=dynamo)
         self.options = options or FullyShardedDataParallelPlugin()
         process.require_group()
         self.mesh = Mesh(process, _shape(process, self.options))
@@ -223,6 +227,7 @@ class FSDPStrategy(SingleStrategy):
         if self.options.activation_checkpointing:
             # Inside the units' hooks, which gather parameters again before a block is computed again.
             checkpoint_activations(model, units[::-1] or None)
+        self.compile(model)
         taken: set[int] = set()
         settings = self._settings(ignored)
         device = self.process.device

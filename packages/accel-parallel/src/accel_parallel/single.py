@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from accel_parallel.attention import SequenceParallel
+    from accel_parallel.compilation import TorchDynamoPlugin
 
 __all__ = ["SingleStrategy"]
 
@@ -48,6 +49,7 @@ class SingleStrategy:
         place: bool = True,
         options: None = None,
         parallelism: ParallelismConfig | None = None,
+        dynamo: TorchDynamoPlugin | None = None,
     ) -> None:
         """
         Args:
@@ -55,10 +57,12 @@ class SingleStrategy:
             place: whether to move models to the device; without it they must be there already.
             options: this strategy has none.
             parallelism: what was asked for besides the sizes of the mesh, which the process's topology has.
+            dynamo: compile models with these settings, before they are wrapped.
         """
         self.process = process
         self.place = place
         self.parallelism = parallelism or ParallelismConfig()
+        self.dynamo = dynamo
 
     @property
     def average_size(self) -> int:
@@ -82,7 +86,16 @@ class SingleStrategy:
             for optimizer in bundle.optimizers:
                 if optimizer.state:  # it stepped before: let its state follow its parameters
                     optimizer.load_state_dict(optimizer.state_dict())
+        for model in bundle.models:
+            self.compile(model)
         return bundle
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile `model` in place if the run asks for it; the last thing before it is wrapped."""
+        if self.dynamo is not None:
+            from accel_parallel.compilation import compile_model  # dynamo takes long to import
+
+            compile_model(model, self.dynamo)
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         loss.backward(**kwargs)  # type: ignore[no-untyped-call, unused-ignore]

@@ -62,7 +62,7 @@ class Strategy(Protocol):
 
     The `Accelerator` calls it, never branching on which one it is. ``prepare``, the state functions and
     ``clip_grad_norm_`` are called by every rank, in the same order; so is ``backward`` while gradients are exchanged.
-    Made by ``cls(process, place=..., options=..., parallelism=...)``.
+    Made by ``cls(process, place=..., options=..., parallelism=..., dynamo=...)``.
     """
 
     name: str

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from accel_parallel import InitProcessGroupKwargs as InitProcessGroupKwargs
     from accel_parallel import ParallelismConfig as ParallelismConfig
     from accel_parallel import TorchContextParallelConfig as TorchContextParallelConfig
+    from accel_parallel import TorchDynamoPlugin as TorchDynamoPlugin
+    from accel_parallel import compile_regions as compile_regions
+    from accel_parallel import has_compiled_regions as has_compiled_regions
+    from accel_parallel import loss_parallel as loss_parallel
     from accel_precision import AutocastKwargs as AutocastKwargs
     from accel_precision import GradScalerKwargs as GradScalerKwargs
     from accel_state.errors import AccelError as AccelError
@@ -63,6 +67,10 @@ _HOME = {
     "FullyShardedDataParallelPlugin": "accel_parallel",
     "ParallelismConfig": "accel_parallel",
     "TorchContextParallelConfig": "accel_parallel",
+    "TorchDynamoPlugin": "accel_parallel",
+    "compile_regions": "accel_parallel",
+    "has_compiled_regions": "accel_parallel",
+    "loss_parallel": "accel_parallel",
     "AutocastKwargs": "accel_precision",
     "GradScalerKwargs": "accel_precision",
     "AccelError": "accel_state.errors",

@@ -13,20 +13,21 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from accel.engine import Engine, refuse_inside, refuse_saving
+from accel.handlers import KwargsHandler, by_type
 from accel.loops import Loops
 from accel.metrics import current_batch, gather_for_metrics
 from accel.process_view import ProcessView
-from accel.project import ProjectConfiguration
+from accel.project import ProjectConfiguration, settled
 from accel.resolve import resolve
 from accel.saving import LoadHook, SaveHook, Saving
-from accel.spreading import make_strategy, mesh_shape
+from accel.spreading import dynamo_plugin_of, make_strategy, mesh_shape
 from accel.tracking import Tracking
 from accel.uneven import join_uneven_inputs
 from accel_data.configuration import DataLoaderConfiguration
 from accel_data.convert import is_loader, prepare_data_loader
 from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
 from accel_parallel.parallelism import ParallelismConfig
-from accel_parallel.plugins import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accel_parallel.plugins import GradientAccumulationPlugin, InitProcessGroupKwargs
 from accel_parallel.strategy import Strategy
 from accel_precision.policy import precision
 from accel_precision.settings import AutocastKwargs, GradScalerKwargs
@@ -42,9 +43,9 @@ from accel_track import LogWith
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Accelerator"]
+    from accel_parallel.compilation import TorchDynamoPlugin
 
-KwargsHandler = DistributedDataParallelKwargs | InitProcessGroupKwargs | GradScalerKwargs | AutocastKwargs
+__all__ = ["Accelerator"]
 
 
 class Accelerator(ProcessView):
@@ -77,6 +78,8 @@ class Accelerator(ProcessView):
         step_scheduler_with_optimizer: bool = True,
         fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
         parallelism_config: ParallelismConfig | None = None,
+        dynamo_plugin: TorchDynamoPlugin | None = None,
+        dynamo_backend: str | None = None,
         kwargs_handlers: Sequence[KwargsHandler] = (),
     ) -> None:
         """Join the world and settle every setting. Every rank must call this.
@@ -96,12 +99,14 @@ class Accelerator(ProcessView):
             step_scheduler_with_optimizer: ``False`` lets every ``scheduler.step()`` through.
             fsdp_plugin: shard models over the processes, with these options.
             parallelism_config: how many processes each kind of parallelism gets.
+            dynamo_plugin: compile models with these settings.
+            dynamo_backend: short for a `dynamo_plugin` with only that backend, such as ``"inductor"``.
             kwargs_handlers: options of the process group, DDP, autocast and the loss scaler, one of each at most.
 
         Raises:
             ConfigError: for a setting that cannot work, or would have no effect.
         """
-        handlers = _by_type(kwargs_handlers)
+        handlers = by_type(kwargs_handlers)
         if gradient_accumulation_plugin is not None and gradient_accumulation_steps is not None:
             raise ConfigError(
                 f"`gradient_accumulation_steps={gradient_accumulation_steps}` and a `gradient_accumulation_plugin` "
@@ -127,7 +132,7 @@ class Accelerator(ProcessView):
         self.parallelism_config = parallelism_config
         """How many processes each kind of parallelism was given; ``None`` where nothing was asked for."""
         self.process = _open(self.config, mesh_shape(parallelism_config, world_size))
-        self.project_configuration = _project(project_config, self.config)
+        self.project_configuration = settled(project_config, self.config)
         """Folders of this run."""
         self._data = dataloader_config or DataLoaderConfiguration()
         self._place = device_placement
@@ -147,6 +152,7 @@ class Accelerator(ProcessView):
                 handlers=handlers,
                 fsdp_plugin=fsdp_plugin,
                 parallelism=parallelism_config,
+                dynamo=dynamo_plugin_of(dynamo_plugin, dynamo_backend),
                 precision=computed_in.name,
             ),
             precision=computed_in,
@@ -524,23 +530,6 @@ class Accelerator(ProcessView):
         return prepared
 
 
-def _by_type(handlers: Sequence[KwargsHandler]) -> dict[type, Any]:
-    found: dict[type, Any] = {}
-    known = (DistributedDataParallelKwargs, InitProcessGroupKwargs, GradScalerKwargs, AutocastKwargs)
-    for handler in handlers:
-        if not isinstance(handler, known):
-            raise ConfigError(
-                f"`kwargs_handlers` holds a {type(handler).__name__}, which sets nothing known here. "
-                f"Use {', '.join(kind.__name__ for kind in known)}."
-            )
-        if type(handler) in found:
-            raise ConfigError(
-                f"`kwargs_handlers` holds {type(handler).__name__} twice, and which one counts is not clear. Give one."
-            )
-        found[type(handler)] = handler
-    return found
-
-
 def _open(config: RunConfig, mesh: MeshShape | None) -> Process:
     return Process.open(
         ProcessSettings(
@@ -550,25 +539,6 @@ def _open(config: RunConfig, mesh: MeshShape | None) -> Process:
             timeout_s=config.timeout_s,
             check_collectives=config.check_collectives,
         )
-    )
-
-
-def _project(given: ProjectConfiguration | None, config: RunConfig) -> ProjectConfiguration:
-    if given is None:
-        return ProjectConfiguration(project_dir=config.project_dir)
-    if config.project_dir is None or given.project_dir == config.project_dir:
-        return given
-    if given.project_dir is not None:
-        raise ConfigError(
-            f"`project_dir={config.project_dir!r}` ({config.source('project_dir')}) and a `project_config` with "
-            f"`project_dir={str(given.project_dir)!r}` name two folders. Give one of them."
-        )
-    return ProjectConfiguration(
-        project_dir=config.project_dir,
-        logging_dir=given.logging_dir,
-        automatic_checkpoint_naming=given.automatic_checkpoint_naming,
-        total_limit=given.total_limit,
-        iteration=given.iteration,
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from accel_state.config import RunConfig
 from accel_state.errors import ConfigError
 
-__all__ = ["ProjectConfiguration"]
+__all__ = ["ProjectConfiguration", "settled"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,3 +51,27 @@ class ProjectConfiguration:
         """Where trackers write."""
         folder = self.logging_dir if self.logging_dir is not None else self.project_dir
         return None if folder is None else Path(folder)
+
+
+def settled(given: ProjectConfiguration | None, config: RunConfig) -> ProjectConfiguration:
+    """The folders of a run, from a configuration and the run's settings.
+
+    Raises:
+        ConfigError: if they name two folders.
+    """
+    if given is None:
+        return ProjectConfiguration(project_dir=config.project_dir)
+    if config.project_dir is None or given.project_dir == config.project_dir:
+        return given
+    if given.project_dir is not None:
+        raise ConfigError(
+            f"`project_dir={config.project_dir!r}` ({config.source('project_dir')}) and a `project_config` with "
+            f"`project_dir={str(given.project_dir)!r}` name two folders. Give one of them."
+        )
+    return ProjectConfiguration(
+        project_dir=config.project_dir,
+        logging_dir=given.logging_dir,
+        automatic_checkpoint_naming=given.automatic_checkpoint_naming,
+        total_limit=given.total_limit,
+        iteration=given.iteration,
+    )

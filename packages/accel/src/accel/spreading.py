@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
 from accel_parallel.parallelism import ParallelismConfig
@@ -15,7 +15,10 @@ from accel_state.errors import ConfigError
 from accel_state.process import Process
 from accel_state.topology import AXES, MeshShape
 
-__all__ = ["make_strategy", "mesh_shape", "refuse_two_plugins"]
+if TYPE_CHECKING:
+    from accel_parallel.compilation import TorchDynamoPlugin
+
+__all__ = ["dynamo_plugin_of", "make_strategy", "mesh_shape"]
 
 
 def mesh_shape(parallelism: ParallelismConfig | None, world_size: int) -> MeshShape | None:
@@ -30,12 +33,18 @@ def mesh_shape(parallelism: ParallelismConfig | None, world_size: int) -> MeshSh
     return parallelism.mesh_shape()
 
 
-def refuse_two_plugins(handlers: Mapping[type, Any], fsdp_plugin: FullyShardedDataParallelPlugin | None) -> None:
-    """One set of options of FSDP at most."""
-    if fsdp_plugin is not None and FullyShardedDataParallelPlugin in handlers:
+def dynamo_plugin_of(plugin: TorchDynamoPlugin | None, backend: str | None) -> TorchDynamoPlugin | None:
+    """How models are compiled, from either way to say it; ``None`` where nothing was asked for."""
+    if backend is None or backend.lower() == "no":
+        return plugin
+    if plugin is not None:
         raise ConfigError(
-            "`fsdp_plugin` was given, and `kwargs_handlers` holds a FullyShardedDataParallelPlugin too. Give one."
+            f"`dynamo_backend={backend!r}` and a `dynamo_plugin` with `backend={plugin.backend!r}` were both given. "
+            f"Give one of them."
         )
+    from accel_parallel.compilation import TorchDynamoPlugin
+
+    return TorchDynamoPlugin(backend=backend.lower())
 
 
 def make_strategy(
@@ -45,6 +54,7 @@ def make_strategy(
     handlers: Mapping[type, Any],
     fsdp_plugin: FullyShardedDataParallelPlugin | None,
     parallelism: ParallelismConfig | None,
+    dynamo: TorchDynamoPlugin | None,
     precision: str,
 ) -> Strategy:
     """The strategy of a run. Every rank must call this.
@@ -55,6 +65,7 @@ def make_strategy(
         handlers: options by their class.
         fsdp_plugin: options of FSDP, which ask for it.
         parallelism: as the user gave it.
+        dynamo: how models are compiled, if at all.
         precision: that the run computes in, which FSDP's own follows unless it says otherwise.
 
     Raises:
@@ -66,12 +77,12 @@ def make_strategy(
     _refuse_without_effect(process, made, name, handlers)
     options = handlers.get(made.options_type)
     if made.options_type is FullyShardedDataParallelPlugin:
-        options = fsdp_plugin or options or FullyShardedDataParallelPlugin()
+        options = fsdp_plugin or FullyShardedDataParallelPlugin()
         _refuse_nothing_to_share(process, parallelism)
         if options.mixed_precision_policy is None and precision != "no":
             options = replace(options, mixed_precision_policy=precision)
     _refuse_axes(made, name, shape)
-    strategy: Strategy = made(process, place=place, options=options, parallelism=parallelism)
+    strategy: Strategy = made(process, place=place, options=options, parallelism=parallelism, dynamo=dynamo)
     return strategy
 
 
@@ -86,12 +97,12 @@ def _refuse_nothing_to_share(process: Process, parallelism: ParallelismConfig | 
 
 
 def _refuse_without_effect(process: Process, made: Any, name: str, handlers: Mapping[type, Any]) -> None:
-    for kind in (DistributedDataParallelKwargs, FullyShardedDataParallelPlugin):
-        if kind in handlers and made.options_type is not kind and process.topology.world_size > 1:
-            raise ConfigError(
-                f"`kwargs_handlers` holds a {kind.__name__}, which has no effect on the strategy `{name}` that "
-                f"{process.topology.shape} takes. Leave it out."
-            )
+    kind = DistributedDataParallelKwargs
+    if kind in handlers and made.options_type is not kind and process.topology.world_size > 1:
+        raise ConfigError(
+            f"`kwargs_handlers` holds a {kind.__name__}, which has no effect on the strategy `{name}` that this run "
+            f"takes. Leave it out."
+        )
 
 
 def _refuse_axes(made: Any, name: str, shape: MeshShape) -> None:
