@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 from accel_parallel.audit import audit_model, audit_optimizer
-from accel_parallel.audit_ranks import Entry, _checksums, audit_ranks, differing_values, first_difference
+from accel_parallel.audit_ranks import Entry, _checksums, _sum_of_bits, audit_ranks, differing_values, first_difference
 from accel_parallel.dtype_table import changed_dtypes, dtype_table, dtypes_of, format_dtype_table
 from accel_state import ConfigError, Process
 from accel_state.testing import run_ranks
@@ -262,15 +262,25 @@ def test_what_has_no_values_has_no_checksum() -> None:
     assert _checksums([torch.ones(2, device="meta"), torch.eye(2).to_sparse()]) == [None, None]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the device's own way of reading values needs a GPU")
-def test_checksums_of_a_device_tell_values_apart() -> None:
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.complex64):
-        one = torch.arange(8).to(dtype).cuda()
-        other = one.clone()
-        other[3] += 1
-        same, changed, again = _checksums([one, other, one.clone()])
-        assert same == again != changed
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.complex64])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU whose way of adding could be tried"),
+            ],
+        ),
+    ],
+)
+def test_sums_of_bits_tell_values_apart(device: str, dtype: torch.dtype) -> None:
+    one = torch.arange(8).to(dtype).to(device)
+    other = one.clone()
+    other[3] += 1
+    assert _sum_of_bits(one).item() == _sum_of_bits(one.flip(0)).item() != _sum_of_bits(other).item()
 
 
 # Dtypes

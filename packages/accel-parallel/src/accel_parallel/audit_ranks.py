@@ -159,9 +159,13 @@ def _checksums(tensors: Sequence[torch.Tensor]) -> list[str | None]:
         if tensor.device.type == "cpu":
             on_host[index] = f"cpu {xxhash.xxh3_64_hexdigest(flat.view(torch.uint8).numpy().data)}"
         elif tensor.element_size() in _INTEGERS:
-            total = flat.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
-            elsewhere.setdefault(tensor.device, []).append((index, total))
+            elsewhere.setdefault(tensor.device, []).append((index, _sum_of_bits(flat)))
     for device, totals in elsewhere.items():
         values = torch.stack([total for _, total in totals]).tolist()
         on_host |= {index: f"{device.type} {value}" for (index, _), value in zip(totals, values, strict=True)}
     return [on_host.get(index) for index in range(len(tensors))]
+
+
+def _sum_of_bits(flat: torch.Tensor) -> torch.Tensor:
+    """A scalar on its device that does not depend on the order of adding, as a sum of floats would."""
+    return flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
