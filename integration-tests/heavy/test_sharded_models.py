@@ -70,9 +70,7 @@ def _train(kind: str, name: str, folder: str) -> dict[str, Any]:
     for step in range(_STEPS):
         rows = _tokens(step).chunk(topology.data_world_size)[topology.data_rank]
         batch = accelerator.shard_sequence({"input_ids": rows, "labels": rows})
-        shifted = batch.get("shift_labels")
-        if shifted is None:
-            shifted = torch.nn.functional.pad(rows[:, 1:], (0, 1), value=-100)
+        shifted = batch["shift_labels"]
         inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids")}
         optimizer.zero_grad()
         logits = model(**inputs).logits

@@ -8,12 +8,15 @@ from torch import nn
 
 from accel_parallel.mesh import Mesh
 from accel_parallel.parallelism import ParallelismConfig
+from accel_state.logging import get_logger
 
 if TYPE_CHECKING:
     from accel_parallel.attention import SequenceParallel
     from accel_parallel.tensor_plan import TensorPlan
 
 __all__ = ["ModelAxes"]
+
+logger = get_logger(__name__)
 
 
 class ModelAxes:
@@ -31,6 +34,8 @@ class ModelAxes:
         self._mesh = mesh
         self._parallelism = parallelism
         self._tp_size = mesh.topology.shape.tp
+        self._unproven: list[tuple[nn.Module, TensorPlan]] = []
+        """Models whose copies of one gradient have not been compared yet."""
         self.sequence: SequenceParallel | None = self._sequence()
         """What divides sequences, where they are divided."""
 
@@ -45,6 +50,8 @@ class ModelAxes:
         Raises:
             ConfigError: for what cannot be divided exactly.
         """
+        if self.sequence is not None:
+            self.sequence.check(model)
         if self._tp_size == 1:
             return None
         from accel_parallel.tensor_plan import plan_tensor_parallel
@@ -63,8 +70,26 @@ class ModelAxes:
             from accel_parallel.tensor import apply_tensor_parallel
 
             apply_tensor_parallel(model, plan, self._mesh.tp)
+            logger.info("%s", plan)
+            self._unproven.append((model, plan))
         if self.sequence is not None:
             self.sequence.attach(model)
+
+    def after_backward(self) -> None:
+        """Every rank must call this. Once a model has gradients, compare those that its tp ranks hold alike, once.
+
+        Raises:
+            ConfigError: naming the parameter whose gradients differ, as under other dropout masks.
+        """
+        if not self._unproven:
+            return
+        from accel_parallel.tensor import audit_replicas
+
+        assert self._mesh.tp is not None
+        for model, plan in self._unproven[:]:
+            if any(parameter.grad is not None for parameter in model.parameters()):
+                audit_replicas(model, plan, self._mesh.tp)
+                self._unproven.remove((model, plan))
 
     def _sequence(self) -> SequenceParallel | None:
         shape = self._mesh.topology.shape

@@ -134,6 +134,10 @@ class FSDPStrategy(SingleStrategy):
             _follow(optimizer, {old: sharded[index][name] for old, (index, name) in places.items()})
         return bundle
 
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        super().backward(loss, **kwargs)
+        self.model_axes.after_backward()
+
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         return self._exchanging(model, False)
 

@@ -29,7 +29,8 @@ def set_seed(seed: int, *, device_specific: bool = False, deterministic: bool = 
 
     Args:
         seed: from 0 to 2**32 - 1.
-        device_specific: add the rank, so that each process draws other numbers.
+        device_specific: add the rank, so that each process draws other numbers. Those that share matrices along ``tp``,
+            whose neighbours they are, draw alike: they compute copies of the same activations.
         deterministic: also make torch use deterministic algorithms only, and raise where an operation has none.
             CUDA further asks for the variable ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` and says so itself.
 
@@ -42,7 +43,8 @@ def set_seed(seed: int, *, device_specific: bool = False, deterministic: bool = 
             f"Give one of those, for example `seed % 2**32`."
         )
     if device_specific and Process.is_open():
-        seed = (seed + Process.current().topology.rank) % _SEEDS
+        topology = Process.current().topology
+        seed = (seed + topology.rank // topology.shape.tp) % _SEEDS
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -28,6 +28,7 @@ from accel_data.convert import is_loader, prepare_data_loader
 from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
 from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accel_parallel.sequence import shard_sequence
 from accel_parallel.strategy import Strategy
 from accel_precision.policy import precision
 from accel_precision.settings import AutocastKwargs, GradScalerKwargs
@@ -353,12 +354,14 @@ class Accelerator(ProcessView):
         """The world by the axes of `parallelism_config`; ``None`` where all of it is copies of the model."""
         return self.strategy.device_mesh
 
-    def shard_sequence(self, batch: Mapping[str, Any], *, causal: bool = True) -> Mapping[str, Any]:
-        """This rank's part of a batch of whole sequences, under ``cp_size`` or ``sp_size``; else the batch itself.
+    def shard_sequence(self, batch: Mapping[str, Any], *, causal: bool = True) -> dict[str, Any]:
+        """This rank's part of a batch of whole sequences, under ``cp_size`` or ``sp_size``; else all of it.
 
-        Labels of a causal model are shifted first and come back as ``shift_labels``; see `accel_parallel.sequence`.
+        Names are the same in both: labels of a causal model are shifted first and come back as ``shift_labels``, and
+        there are ``position_ids``; see `accel_parallel.sequence`.
         """
-        return batch if self.strategy.sequence is None else self.strategy.sequence.shard(batch, causal=causal)
+        sequence = self.strategy.sequence
+        return shard_sequence(batch, None, causal=causal) if sequence is None else sequence.shard(batch, causal=causal)
 
     def unshard_sequence(self, tensor: torch.Tensor, *, dim: int = 1, length: int | None = None) -> torch.Tensor:
         """Whole sequences from the parts of all ranks that share them. Every rank must call this; see `shard_sequence`.
