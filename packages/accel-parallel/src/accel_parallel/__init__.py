@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from accel_parallel.attention import SequenceParallel as SequenceParallel
     from accel_parallel.audit import audit_model as audit_model
     from accel_parallel.audit import audit_optimizer as audit_optimizer
+    from accel_parallel.audit_ranks import audit_ranks as audit_ranks
     from accel_parallel.blocks import find_blocks as find_blocks
     from accel_parallel.checkpoint import Checkpoint as Checkpoint
     from accel_parallel.checkpoint import Item as Item
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
     from accel_parallel.compilation import is_compiled as is_compiled
     from accel_parallel.compilation import uncompile as uncompile
     from accel_parallel.ddp import DDPStrategy as DDPStrategy
+    from accel_parallel.dtype_table import dtype_table as dtype_table
+    from accel_parallel.dtype_table import format_dtype_table as format_dtype_table
     from accel_parallel.fsdp import FSDPStrategy as FSDPStrategy
     from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
+    from accel_parallel.local_sgd import LocalSGD as LocalSGD
+    from accel_parallel.local_sgd import average_model as average_model
     from accel_parallel.optimizer import PreparedOptimizer as PreparedOptimizer
     from accel_parallel.parallelism import ParallelismConfig as ParallelismConfig
     from accel_parallel.parallelism import TorchContextParallelConfig as TorchContextParallelConfig
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from accel_parallel.scheduler import PreparedScheduler as PreparedScheduler
     from accel_parallel.select import select_strategy as select_strategy
     from accel_parallel.select import strategy_class as strategy_class
+    from accel_parallel.sequence import SequenceLayout as SequenceLayout
     from accel_parallel.sequence import shard_sequence as shard_sequence
     from accel_parallel.single import SingleStrategy as SingleStrategy
     from accel_parallel.strategy import Bundle as Bundle
@@ -48,10 +54,22 @@ if TYPE_CHECKING:
     from accel_parallel.strategy import OptimizerState as OptimizerState
     from accel_parallel.strategy import Strategy as Strategy
     from accel_parallel.tensor import apply_tensor_parallel as apply_tensor_parallel
+    from accel_parallel.tensor import audit_replicas as audit_replicas
+    from accel_parallel.tensor_loss import divided_cross_entropy as divided_cross_entropy
     from accel_parallel.tensor_loss import loss_parallel as loss_parallel
+    from accel_parallel.tensor_plan import TensorPlan as TensorPlan
     from accel_parallel.tensor_plan import plan_tensor_parallel as plan_tensor_parallel
 
 _HOME = {
+    "SequenceLayout": "sequence",
+    "divided_cross_entropy": "tensor_loss",
+    "audit_replicas": "tensor",
+    "TensorPlan": "tensor_plan",
+    "format_dtype_table": "dtype_table",
+    "dtype_table": "dtype_table",
+    "audit_ranks": "audit_ranks",
+    "average_model": "local_sgd",
+    "LocalSGD": "local_sgd",
     "shard_sequence": "sequence",
     "SequenceParallel": "attention",
     "apply_tensor_parallel": "tensor",

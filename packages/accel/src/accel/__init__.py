@@ -12,6 +12,7 @@ from accel._version import __version__
 
 if TYPE_CHECKING:
     from accel.accelerator import Accelerator as Accelerator
+    from accel.local_sgd import LocalSGD as LocalSGD
     from accel.project import ProjectConfiguration as ProjectConfiguration
     from accel_bigmodel import compute_module_sizes as compute_module_sizes
     from accel_bigmodel import find_tied_parameters as find_tied_parameters
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Accelerator": "accel.accelerator",
+    "LocalSGD": "accel.local_sgd",
     "ProjectConfiguration": "accel.project",
     "compute_module_sizes": "accel_bigmodel",
     "find_tied_parameters": "accel_bigmodel",

@@ -77,6 +77,7 @@ class Accelerator(ProcessView):
         project_config: ProjectConfiguration | None = None,
         log_with: LogWith = None,
         step_scheduler_with_optimizer: bool = True,
+        strategy: str | None = None,
         fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
         parallelism_config: ParallelismConfig | None = None,
         dynamo_plugin: TorchDynamoPlugin | None = None,
@@ -98,6 +99,7 @@ class Accelerator(ProcessView):
             project_config: folders, and how checkpoints are named and kept.
             log_with: names of trackers, trackers, or ``"all"``.
             step_scheduler_with_optimizer: ``False`` lets every ``scheduler.step()`` through.
+            strategy: name of the strategy, such as one of another package; by default what the rest asks for.
             fsdp_plugin: shard models over the processes, with these options.
             parallelism_config: how many processes each kind of parallelism gets.
             dynamo_plugin: compile models with these settings.
@@ -149,6 +151,7 @@ class Accelerator(ProcessView):
         self._engine = Engine(
             strategy=make_strategy(
                 self.process,
+                name=strategy,
                 place=device_placement,
                 handlers=handlers,
                 fsdp_plugin=fsdp_plugin,

@@ -50,6 +50,7 @@ def dynamo_plugin_of(plugin: TorchDynamoPlugin | None, backend: str | None) -> T
 def make_strategy(
     process: Process,
     *,
+    name: str | None,
     place: bool,
     handlers: Mapping[type, Any],
     fsdp_plugin: FullyShardedDataParallelPlugin | None,
@@ -61,6 +62,7 @@ def make_strategy(
 
     Args:
         process: the open process.
+        name: of the strategy that was asked for; ``None`` leaves it to what else was given.
         place: whether models are moved to its device.
         handlers: options by their class.
         fsdp_plugin: options of FSDP, which ask for it.
@@ -72,8 +74,13 @@ def make_strategy(
         ConfigError: for options that would have no effect, or a mesh that the strategy cannot make.
     """
     shape = process.topology.shape
-    name = select_strategy(world_size=process.topology.world_size, mesh=shape, fsdp=fsdp_plugin is not None)
+    name = name or select_strategy(world_size=process.topology.world_size, mesh=shape, fsdp=fsdp_plugin is not None)
     made = strategy_class(name)
+    if fsdp_plugin is not None and made.options_type is not FullyShardedDataParallelPlugin:
+        raise ConfigError(
+            f"`fsdp_plugin` was given, and it has no effect on the strategy `{name}` that was asked for. "
+            f"Leave one of them out."
+        )
     _refuse_without_effect(process, made, name, handlers)
     options = handlers.get(made.options_type)
     if made.options_type is FullyShardedDataParallelPlugin:
