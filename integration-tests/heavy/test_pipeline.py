@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from accel_parallel.pipeline import prepare_pippy
 from accel_state import ConfigError
 from accel_state.testing import run_ranks
 
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "pipeline_inference.py"
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -134,3 +137,15 @@ def test_outputs_that_no_rank_has_whole_are_refused() -> None:
     assert "of the 4 blocks of `MixtralForCausalLM` only 1 can begin one" in hidden
     assert "needs the output at `.hidden_states[" in hidden
     assert "tensor of shape () at `.loss`" in labels
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_the_example_gives_what_the_whole_model_gives(
+    num_processes: int, accel_command: list[str], run_command: Callable[..., Any]
+) -> None:
+    launch = [*accel_command, "launch", "--cpu", "--num-processes", str(num_processes)]
+    done = run_command([*launch, EXAMPLE, "--check"], timeout_s=200, env={"OMP_NUM_THREADS": "1"})
+    assert "as on one process" in done.stdout
+    assert f"stage {num_processes} of {num_processes} holds" in done.stdout
+    assert "1 text(s): 30." in done.stdout

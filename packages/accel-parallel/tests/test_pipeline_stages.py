@@ -15,6 +15,7 @@ from accel_parallel.pipeline.division import Division, divide
 from accel_parallel.pipeline.rehearsal import rehearse
 from accel_parallel.pipeline.stage import StageModule
 from accel_state import AccelError, ConfigError
+from accel_state.tree import tensor_leaves
 
 CPU = torch.device("cpu")
 
@@ -61,6 +62,7 @@ def run_stages(
     """The last stage's output, and what each stage has."""
     divisions = []
     received: Any = (torch.zeros(1),)
+    buffers = []
     for stage in range(num_stages):
         division = divide(make(), splits, None, {"args": (), "kwargs": kwargs}, num_stages=num_stages, device=CPU)
         division.place(stage)
@@ -69,8 +71,11 @@ def run_stages(
         module.chunks = [{"args": (), "kwargs": kwargs}]
         with torch.no_grad():
             sent = module(*received, index=torch.tensor([0]))
+        buffers += received
         received = tuple(tensor.clone() for tensor in sent)
         divisions.append(division)
+    arrived = {tensor.untyped_storage().data_ptr() for tensor in buffers}
+    assert all(tensor.untyped_storage().data_ptr() not in arrived for tensor in tensor_leaves(module.outputs[0]))
     return module.outputs[0], divisions
 
 
@@ -124,7 +129,7 @@ def test_absent_weights_take_no_memory() -> None:
 def test_any_module_may_begin_a_stage() -> None:
     with torch.no_grad():
         expected = Chain()(**rows())
-    for splits in (["blocks.0"], ["blocks.2.up"]):
+    for splits in (["blocks.0"], ["blocks.2.up"], ["norm"]):  # the last gives what arrives there
         result, divisions = run_stages(Chain, 2, rows(), splits=splits)
         assert torch.equal(result["logits"], expected["logits"])
         assert divisions[0].starts == tuple(splits)

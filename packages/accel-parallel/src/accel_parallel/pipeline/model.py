@@ -13,18 +13,17 @@ exchanged.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-import xxhash
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from accel_parallel.pipeline.absent import Absent
+from accel_parallel.pipeline.agreement import together
 from accel_parallel.pipeline.division import Division, divide
 from accel_parallel.pipeline.microbatch import (
     PLAIN,
@@ -40,8 +39,8 @@ from accel_parallel.pipeline.microbatch import (
 )
 from accel_parallel.pipeline.rehearsal import Route, rehearse
 from accel_parallel.pipeline.stage import StageRun
-from accel_state.collectives import broadcast, gather
-from accel_state.errors import CollectiveError, ConfigError
+from accel_state.collectives import broadcast
+from accel_state.errors import ConfigError
 from accel_state.process import Process
 from accel_state.tree import map_tensors, send_to_device, tensor_leaves, tree_signature
 
@@ -88,7 +87,7 @@ def prepare_pippy(
     num_stages = process.topology.world_size
     chunks = num_stages if num_chunks is None else num_chunks
     with ExitStack() as undo:
-        with _together("prepare_pippy", process) as same:
+        with together("prepare_pippy", process) as same:
             _check_settings(model, split_points, chunks, process)
             if num_stages == 1:
                 return PipelinedModel(model.to(process.device), process=process)
@@ -176,7 +175,7 @@ class PipelinedModel(nn.Module):
         inputs = send_to_device({"args": args, "kwargs": kwargs}, device)
         if self._division is None:
             return self.module(*inputs["args"], **inputs["kwargs"])
-        with _together("the pipelined model", self.process) as same:
+        with together("the pipelined model", self.process) as same:
             self._check_call(inputs)
             same(_described(inputs))
         inputs = _of_first_rank(inputs, self.process)
@@ -338,38 +337,3 @@ def _of_first_rank(inputs: Any, process: Process) -> Any:
     """`inputs` with rank 0's values, so that the stages never compute on different ones."""
     sent = iter(broadcast(tensor_leaves(inputs), from_process=0, process=process))
     return map_tensors(inputs, lambda tensor: next(sent))
-
-
-@contextmanager
-def _together(what: str, process: Process) -> Iterator[Callable[[Any], None]]:
-    """Every rank must come here. All leave the block or all raise: what one refuses, and where they differ.
-
-    The function that it gives takes what must be alike on all ranks.
-    """
-    alike: list[Any] = []
-    try:
-        yield alike.append
-    except ConfigError:
-        _gather_digests(None, process)
-        raise
-    digests = _gather_digests(json.dumps(alike), process)
-    refused = [rank for rank, (passed, _) in enumerate(digests) if not passed]
-    if refused:
-        raise CollectiveError(
-            f"Rank(s) {refused} refused what {what} was given, so the other stages have nobody to work with. See the "
-            f"error there, and give every rank the same."
-        )
-    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        raise CollectiveError(
-            f"Rank(s) {others} gave {what} other shapes or settings than rank 0, and the stages work on one batch. "
-            f"Give every rank the same inputs: from a loader that is not divided over ranks, or from rank 0 by "
-            f"`broadcast`."
-        )
-
-
-def _gather_digests(text: str | None, process: Process) -> list[list[int]]:
-    """On every rank, each rank's (1, digest); (0, 0) from one that has nothing to give."""
-    own = [0, 0] if text is None else [1, xxhash.xxh64_intdigest(text.encode()) >> 1]
-    gathered: list[list[int]] = gather(torch.tensor([own], device=process.device), process=process).tolist()
-    return gathered
