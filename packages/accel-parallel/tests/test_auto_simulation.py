@@ -49,7 +49,8 @@ class Block(nn.Module):
         q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in parts)  # (b, heads, s, size)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, hidden))
-        return x + self.down(F.gelu(self.up(self.second_norm(x))))
+        inner: torch.Tensor = self.down(F.gelu(self.up(self.second_norm(x))))
+        return x + inner
 
 
 class Decoder(nn.Module):
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
             self.requires_grad_(False)
             self.norm.requires_grad_(True)
             for layer in self.layers:
-                layer.up.requires_grad_(True)  # type: ignore[union-attr]
+                layer.up.requires_grad_(True)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
@@ -76,9 +77,9 @@ class Decoder(nn.Module):
 
 # The worst moment of the first is the loss, since its vocabulary is large beside its width; of the second, which is
 # wide and deep beside its vocabulary, backward through a block.
-NARROW = {"hidden": 1024, "layers": 4, "vocab": 32_000}
-WIDE = {"hidden": 2048, "layers": 4, "vocab": 2_000}
-SMALL = {"hidden": 256, "layers": 3, "vocab": 2_000}
+NARROW: dict[str, Any] = {"hidden": 1024, "layers": 4, "vocab": 32_000}
+WIDE: dict[str, Any] = {"hidden": 2048, "layers": 4, "vocab": 2_000}
+SMALL: dict[str, Any] = {"hidden": 256, "layers": 3, "vocab": 2_000}
 
 
 @pytest.fixture
@@ -178,6 +179,7 @@ def _shard(sizes: dict[str, Any], layout: Layout, mesh: DeviceMesh, precision: M
         (NARROW, 512, "no", True, False, 1),
         (NARROW, 512, "bf16", True, True, 1),
         (NARROW, 256, "bf16", False, False, 2),
+        ({**NARROW, "tied": True}, 16, "no", True, False, 1),
         ({**NARROW, "tied": True}, 512, "no", False, True, 1),
         ({**WIDE, "frozen": True}, 512, "no", True, False, 1),
         (WIDE, 256, "bf16", False, True, 1),

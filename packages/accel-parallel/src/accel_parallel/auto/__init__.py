@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from accel_parallel.auto.plan import Candidate as Candidate
     from accel_parallel.auto.plan import Plan as Plan
     from accel_parallel.auto.profile import ModelProfile as ModelProfile
+    from accel_parallel.auto.request import AutoParallelism as AutoParallelism
 
 _HOME = {
+    "AutoParallelism": "request",
     "Candidate": "plan",
     "Hardware": "hardware",
     "Link": "hardware",

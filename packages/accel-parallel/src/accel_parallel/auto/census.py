@@ -27,6 +27,8 @@ class Census:
     root: Weights
     root_sizes: Mapping[str, int]
     """Elements of each trained parameter outside of blocks, by each of its names."""
+    tied_share: float
+    """Part of the root's trained elements that have several names."""
     buffer_bytes: int
     dtype: DTypeName
     hidden_size: int | None
@@ -55,20 +57,20 @@ def take_census(model: nn.Module, *, divided: Collection[str] = ()) -> Census:
     order = list(kinds)
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
-    root = {id(parameter) for parameter, _ in homes[None]}
+    root = {id(parameter): len(places[parameter]) > 1 for parameter, _ in homes[None] if parameter.requires_grad}
+    tied = sum(parameter.numel() for parameter, _ in homes[None] if root.get(id(parameter)))
+    outside = _weigh(homes[None])
     return Census(
         blocks=tuple(block for _, block in blocks),
         kind_of=tuple(
             order.index((type(block).__name__, each)) for (_, block), each in zip(blocks, weights, strict=True)
         ),
         kinds=tuple(BlockKind(name=name, count=count, weights=each) for (name, each), count in kinds.items()),
-        root=_weigh(homes[None]),
+        root=outside,
         root_sizes={
-            name: parameter.numel()
-            for parameter, names in places.items()
-            for name in names
-            if id(parameter) in root and parameter.requires_grad
+            name: parameter.numel() for parameter, names in places.items() for name in names if id(parameter) in root
         },
+        tied_share=tied / outside.trainable_numel if tied else 0.0,
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         dtype=_most_common_dtype(places),
         hidden_size=_number(config, "hidden_size", "n_embd", "d_model"),

@@ -37,6 +37,9 @@ class TransformerSizes:
     """Between the two matrices of the MLP; ``None``: four times the hidden size."""
     gated: bool = False
     """Whether the MLP has a third matrix that gates it, as in Llama."""
+    inner_copies: int | None = None
+    """Tensors of that size that are kept: more where the activation function is made of many operations. ``None``:
+    before and after the activation, and if gated, gate and product too."""
     attention: Literal["fused", "eager"] = "fused"
     """Whether scores of all pairs of tokens are kept (``"eager"``)."""
     dropout: bool = False
@@ -62,6 +65,11 @@ class TransformerSizes:
     def inner(self) -> int:
         """Elements between the two matrices of the MLP."""
         return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def copies(self) -> int:
+        """Tensors between the matrices of the MLP that are kept for backward."""
+        return self.inner_copies or (4 if self.gated else 2)
 
     @property
     def query_size(self) -> int:
@@ -102,17 +110,18 @@ def transformer_profile(
     block = _weights(sizes.matrix_numel + 2 * sizes.hidden_size, element, tp_numel=sizes.matrix_numel)
     embedding = sizes.vocab_size * sizes.hidden_size
     root = _weights((1 if sizes.tied else 2) * embedding + sizes.hidden_size, element, tp_numel=0)
-    sharded = _footprint(sizes, compute)
     cast_bytes = 2.0 if precision != "no" and element > 2 else 0.0
+    whole = _footprint(sizes, compute, element)
     whole = replace(
-        sharded,
-        blocks=tuple(replace(unit, cast_bytes=cast_bytes * sizes.matrix_numel) for unit in sharded.blocks),
+        whole,
+        blocks=tuple(replace(unit, cast_bytes=cast_bytes * sizes.matrix_numel) for unit in whole.blocks),
         root_cast_bytes=cast_bytes * embedding,
     )
     return ModelProfile(
         name=name, root=root, blocks=(BlockKind(name="block", count=sizes.num_layers, weights=block),),
-        whole=whole, sharded=sharded, precision=precision, dtype=dtype,
-        head_share=(embedding + sizes.hidden_size) / root.numel, hidden_size=sizes.hidden_size,
+        whole=whole, sharded=_footprint(sizes, compute, compute), precision=precision, dtype=dtype,
+        head_share=(embedding + sizes.hidden_size) / root.numel,
+        tied_share=embedding / root.numel if sizes.tied else 0.0, hidden_size=sizes.hidden_size,
         num_heads=sizes.num_heads, num_kv_heads=sizes.kv_heads, tp_sizes=_common_divisors(sizes),
         sequence_length=sequence_length,
         notes=("activations and operations by formula, from the sizes of the model",),
@@ -130,34 +139,36 @@ def _weights(numel: int, element: int, *, tp_numel: int) -> Weights:
     )  # fmt: skip
 
 
-def _footprint(sizes: TransformerSizes, element: int) -> Footprint:
+def _footprint(sizes: TransformerSizes, element: int, residual: int) -> Footprint:
+    """Where operations round to `element` bytes and hidden states between blocks have `residual` bytes."""
     hidden, vocab = sizes.hidden_size, sizes.vocab_size
     root_flops = 2.0 * vocab * hidden
     return Footprint(
-        blocks=(_block_pass(sizes, element),),
-        stem=Growth(per_token=8.0 + element * hidden),  # token ids, embeddings
-        head=Growth(per_token=element * (2 * hidden + vocab) + 4.0 * vocab),  # norm's and layer's input, logits, log p
-        head_extra=Growth(per_token=4.0 * vocab + element * vocab),  # gradients of both
+        blocks=(_block_pass(sizes, element, residual),),
+        stem=Growth(per_token=8.0 + residual * hidden),  # token ids, embeddings
+        head=Growth(per_token=(residual + element) * hidden + 4.0 * vocab),  # inputs of norm and layer, log p
+        head_extra=Growth(per_token=8.0 * vocab),  # gradients of these and of the logits, in float32
         root_forward_flops=Growth(per_token=root_flops),
         root_backward_flops=Growth(per_token=2.0 * root_flops),
     )
 
 
-def _block_pass(sizes: TransformerSizes, element: int) -> UnitPass:
+def _block_pass(sizes: TransformerSizes, element: int, residual: int) -> UnitPass:
     hidden, inner, masks = sizes.hidden_size, sizes.inner, 1 if sizes.dropout else 0
-    outside = element * 4 * hidden + 2 * masks * hidden  # inputs of two norms and two layers; masks of two dropouts
+    # Inputs of two norms and of two layers, masks of two dropouts; norms of Llama keep what they normalized besides.
+    norms = 2 * (max(residual, 4) + residual) * hidden if sizes.gated else 2 * residual * hidden
+    outside = norms + 2 * element * hidden + 2 * masks * hidden
     attention = element * (2 * sizes.query_size + 2 * sizes.kv_size)  # q, k, v, and what the output layer takes
-    mlp = element * (4 if sizes.gated else 2) * inner  # before and after the activation, gate and product
+    mlp = element * sizes.copies * inner
     scores = sizes.num_heads * (element + masks * (element + 1)) if sizes.attention == "eager" else 0
-    kept = Growth(per_token=outside + attention + mlp, per_pair=scores)
     pairs = 4.0 * sizes.query_size
     matrices = 2.0 * sizes.matrix_numel
     return UnitPass(
-        kept=kept,
-        output=Growth(per_token=element * hidden),
-        forward_extra=Growth(per_token=element * hidden),
+        kept=Growth(per_token=outside + attention + mlp, per_pair=scores),
+        output=Growth(per_token=residual * hidden),
+        forward_extra=Growth(per_token=residual * hidden),
         backward_extra=Growth(
-            per_token=element * (2 * hidden + (3 if sizes.gated else 2) * inner),
+            per_token=2 * residual * hidden + element * (3 if sizes.gated else 2) * inner,
             per_pair=2 * element * sizes.num_heads if sizes.attention == "eager" else 0,
         ),
         forward_flops=Growth(per_token=matrices, per_pair=pairs),

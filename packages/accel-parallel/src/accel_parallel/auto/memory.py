@@ -148,8 +148,8 @@ def _whole(run: _Run, optimizer: OptimizerCost) -> Iterator[Memory]:
     casts = [unit.cast_bytes for unit in footprint.blocks]
     stem = run.at(footprint.stem)
 
-    def memory(moment: str, gradients: float, **parts: float) -> Memory:
-        held = trained if earlier else gradients
+    def memory(moment: str, gradients: float, added: float = 0.0, **parts: float) -> Memory:
+        held = (trained if earlier else gradients) + added
         return Memory(
             moment=moment, parameters=parameters, gradients=held, buckets=buckets,
             **{"optimizer": states, **parts},
@@ -173,7 +173,9 @@ def _whole(run: _Run, optimizer: OptimizerCost) -> Iterator[Memory]:
             activations=run.live(kind, remaining),
             copies=footprint.root_cast_bytes + copies,
         )
-    yield memory("end of backward", trained, activations=stem)
+    # Two gradients of a tied parameter and their sum are there at once.
+    meeting = 2.0 * profile.tied_share * run.root.trainable_bytes
+    yield memory("end of backward", trained, meeting, activations=stem)
     yield memory("optimizer step", trained, optimizer=states + optimizer.step_extra * trained)
 
 
@@ -228,6 +230,7 @@ def _sharded(run: _Run, optimizer: OptimizerCost) -> Iterator[Memory]:
     root_gradients = profile.gradient_bytes(run.root)
     first = reduced[0] if reduced else 0.0
     done = size * trained - run.root.trainable_bytes
-    yield memory("end of backward", done, root_gradients, first, activations=stem, gathered=root)
+    meeting = (1.0 + 2.0 * profile.tied_share) * root_gradients  # two gradients of a tied parameter, and their sum
+    yield memory("end of backward", done, meeting, first, activations=stem, gathered=root)
     yield memory("end of backward", done, root_gradients, profile.reduced_bytes(run.root))
     yield memory("optimizer step", size * trained, optimizer=here * (states + optimizer.step_extra * trained))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from accel_parallel.auto.census import Census
@@ -19,7 +20,7 @@ from accel_state.config import MixedPrecision
 from accel_state.dtypes import DTYPE_OF_PRECISION
 from accel_state.errors import ConfigError
 
-__all__ = ["Inputs", "measure"]
+__all__ = ["Inputs", "Measuring"]
 
 _BATCH = 2
 """Samples of a micro-batch of token ids: with one, kernels may take paths that no training does."""
@@ -57,75 +58,88 @@ class Inputs:
         return cls((), dict.fromkeys(names, ids), _BATCH, length)
 
 
-def measure(
-    model: nn.Module,
-    census: Census,
-    inputs: tuple[Inputs, ...],
-    *,
-    loss: Callable[[Any], torch.Tensor] | None,
-    precision: MixedPrecision,
-    gathered: bool,
-) -> tuple[Footprint, float]:
-    """What a micro-batch keeps and computes, and which part of the root's gradients comes before those of the blocks.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measuring:
+    """A model and how it is trained."""
 
-    Args:
-        model: left as it is.
-        census: its units.
-        inputs: one, or the longer and the shorter of two.
-        loss: from what forward returns.
-        precision: mixed precision.
-        gathered: whether parameters come in the lower precision already, instead of by autocast.
+    model: nn.Module
+    """Left as it is."""
+    census: Census
+    """Its units."""
+    loss: Callable[[Any], torch.Tensor] | None
+    """From what forward returns."""
+    precision: MixedPrecision
+    device: str
+    """On which it will be trained."""
 
-    Raises:
-        ConfigError: if the model does not run on fake tensors.
-    """
-    dtype = DTYPE_OF_PRECISION[precision]
-    records = [_run(model, census, each, loss, dtype, gathered) for each in inputs]
-    sums = [_Sums(record, census) for record in records]
-    return _footprint(sums, inputs, census), _head_share(records[0].order, census)
+    def run(self, inputs: tuple[Inputs, ...], *, gathered: bool) -> tuple[Footprint, float]:
+        """What a micro-batch keeps and computes, and which part of the root's gradients comes before all of the blocks.
 
+        Args:
+            inputs: one, or the longer and the shorter of two.
+            gathered: whether parameters come in the lower precision already, instead of by autocast.
 
-def _run(
-    model: nn.Module,
-    census: Census,
-    inputs: Inputs,
-    loss: Callable[[Any], torch.Tensor] | None,
-    dtype: torch.dtype | None,
-    gathered: bool,
-) -> Record:
-    autocast: AbstractContextManager[Any] = nullcontext()
-    if dtype is not None and not gathered:
-        autocast = torch.autocast("cpu", dtype)
-    # Fake tensors on the CPU stand for those of any device: there, attention is fused as on an accelerator, which on
-    # the meta device it would not be.
-    with FakeTensorMode(allow_non_fake_inputs=True), _training(model):
-        parameters, buffers = _stand_ins(model, dtype if gathered else None)
-        lower = dtype if gathered else None
-        args, kwargs = tree_map(lambda each: _like(each, lower), (inputs.args, dict(inputs.kwargs)))
-        known = [*buffers.values(), *(each for each in tree_iter((args, kwargs)) if isinstance(each, torch.Tensor))]
-        recorder = Recorder(parameters, known, hidden_size=census.hidden_size)
-        try:
-            with recorder, recorder.blocks(census.blocks):
-                with autocast:
-                    tensors = {**parameters, **buffers}
-                    output = torch.func.functional_call(model, tensors, args, kwargs, tie_weights=False)
-                    value = _loss_of(output, loss)
-                    del output
-                recorder.enter_backward()
-                value.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        except _FAILURES as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ConfigError(
-                f"{type(model).__name__} could not be measured without computing anything ({type(error).__name__}: "
-                f"{reason}). Pass `example_inputs` of the right shapes and a `loss`, choose an attention of torch's "
-                f"own, or, for a transformer, set `measured=False`."
-            ) from error
-    return recorder.finish()
+        Raises:
+            ConfigError: if the model does not run on fake tensors.
+        """
+        records = [self._record(each, gathered=gathered) for each in inputs]
+        sums = [_Sums(record, self.census) for record in records]
+        return _footprint(sums, inputs, self.census), _head_share(records[0].order, self.census)
+
+    def _record(self, inputs: Inputs, *, gathered: bool) -> Record:
+        model, dtype = self.model, DTYPE_OF_PRECISION[self.precision]
+        # Fake tensors on the CPU stand for those of any device: there attention is fused as on an accelerator, which on
+        # the meta device it would not be.
+        with FakeTensorMode(allow_non_fake_inputs=True), _training(model):
+            lower = dtype if gathered else None
+            parameters, buffers = _stand_ins(model, lower)
+            args, kwargs = tree_map(lambda each: _like(each, lower), (inputs.args, dict(inputs.kwargs)))
+            given = [each for each in tree_iter((args, kwargs)) if isinstance(each, torch.Tensor)]
+            recorder = Recorder(parameters, [*buffers.values(), *given], hidden_size=self.census.hidden_size)
+            tensors = {**parameters, **buffers}
+            try:
+                with recorder, recorder.blocks(self.census.blocks):
+                    with self._forward_context(None if gathered else dtype):
+                        output = torch.func.functional_call(model, tensors, args, kwargs, tie_weights=False)
+                        value = _loss_of(output, self.loss)
+                        del output
+                    recorder.enter_backward()
+                    value.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            except _FAILURES as error:
+                raise ConfigError(_failure(model, error)) from error
+        return recorder.finish()
+
+    @contextmanager
+    def _forward_context(self, dtype: torch.dtype | None) -> Iterator[None]:
+        with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
+            if torch.device(self.device).type == "cpu":
+                yield
+            else:
+                with _FusedAttention():
+                    yield
 
 
-def _stand_ins(
-    model: nn.Module, dtype: torch.dtype | None
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+class _FusedAttention(TorchFunctionMode):
+    """Attention without dropout: with it a CPU keeps all scores, and an accelerator the state of its generator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0
+            args = args[:4]  # query, key, value, mask; dropout comes next
+        return func(*args, **kwargs)
+
+
+def _failure(model: nn.Module, error: BaseException) -> str:
+    reason = str(error).strip().split("\n")[0]
+    return (
+        f"{type(model).__name__} could not be measured without computing anything ({type(error).__name__}: {reason}). "
+        f"Pass `example_inputs` of the right shapes and a `loss`, choose an attention of torch's own, or, for a "
+        f"transformer, set `measured=False`."
+    )
+
+
+def _stand_ins(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Fake parameters and buffers by name. Tied ones come apart, so that each place has a gradient of its own.
 
     Modules are visited once: `functional_call` would not put back what it replaced under a second name.

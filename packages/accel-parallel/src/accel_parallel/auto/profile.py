@@ -128,6 +128,8 @@ class ModelProfile:
     buffer_bytes: int = 0
     head_share: float = 1.0
     """Part of `root` whose gradients come before those of any block, since it is used after them."""
+    tied_share: float = 0.0
+    """Part of `root` that is used in several places, whose gradients are added up at the end of backward."""
     hidden_size: int | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None

@@ -40,6 +40,8 @@ def _advice(search: Search, world_size: int) -> str:
     batch = _largest(work.batch_size, lambda size: replace(search, work=replace(work, batch_size=size)), world_size)
     if batch is not None:
         found.append(f"set `batch_size={batch}` and accumulate gradients")
+    if devices is None and batch is None:
+        found += _both(search, world_size)
     if search.profile.sequence_length is not None:
         length = _largest(
             work.sequence_length, lambda size: replace(search, work=replace(work, sequence_length=size)), world_size
@@ -48,21 +50,23 @@ def _advice(search: Search, world_size: int) -> str:
             found.append(f"cut sequences to {length:,} tokens, or divide them with `cp_size`")
     if not search.offload and search.hardware.host is not None and _fits(replace(search, offload=True), world_size):
         found.append("let parameters be offloaded")
-    return f"To make it fit, {', or '.join(found or [_both(search, world_size)])}."
+    if not found:
+        return (
+            "Neither more devices nor smaller batches would be enough: freeze parameters, store them in a lower "
+            "precision, or use devices with more memory."
+        )
+    return f"To make it fit, {', or '.join(found)}."
 
 
-def _both(search: Search, world_size: int) -> str:
+def _both(search: Search, world_size: int) -> list[str]:
     """More devices and smaller batches, where neither alone is enough."""
     world = max(_MOST_DEVICES, world_size) // search.hardware.devices_per_node * search.hardware.devices_per_node
     present = search.work.batch_size
     batch = _largest(present, lambda size: replace(search, work=replace(search.work, batch_size=size)), world)
     if batch is None:
-        return (
-            "freeze parameters, store them in a lower precision, or use devices with more memory: neither more devices "
-            "nor smaller batches would be enough"
-        )
+        return []
     smaller = replace(search, work=replace(search.work, batch_size=batch))
-    return f"launch {_enough_devices(smaller, world_size):,} devices and set `batch_size={batch}`"
+    return [f"launch {_enough_devices(smaller, world_size):,} devices and set `batch_size={batch}`"]
 
 
 def _fits(search: Search, world_size: int) -> bool:
