@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from accel import Accelerator
-from accel_parallel.pipeline import prepare_pippy
+from accel import prepare_pippy
 
 
 class LanguageModel(nn.Module):

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from accel_parallel.audit import audit_model as audit_model
     from accel_parallel.audit import audit_optimizer as audit_optimizer
     from accel_parallel.audit_ranks import audit_ranks as audit_ranks
+    from accel_parallel.auto import AutoParallelism as AutoParallelism
+    from accel_parallel.auto import Hardware as Hardware
+    from accel_parallel.auto import Plan as Plan
+    from accel_parallel.auto import profile_model as profile_model
+    from accel_parallel.auto import select_plan as select_plan
     from accel_parallel.blocks import find_blocks as find_blocks
     from accel_parallel.checkpoint import Checkpoint as Checkpoint
     from accel_parallel.checkpoint import Item as Item
@@ -38,6 +43,9 @@ if TYPE_CHECKING:
     from accel_parallel.optimizer import PreparedOptimizer as PreparedOptimizer
     from accel_parallel.parallelism import ParallelismConfig as ParallelismConfig
     from accel_parallel.parallelism import TorchContextParallelConfig as TorchContextParallelConfig
+    from accel_parallel.pipeline import PipelinedModel as PipelinedModel
+    from accel_parallel.pipeline import plan_split_points as plan_split_points
+    from accel_parallel.pipeline import prepare_pippy as prepare_pippy
     from accel_parallel.plugins import DDPCommunicationHookType as DDPCommunicationHookType
     from accel_parallel.plugins import DistributedDataParallelKwargs as DistributedDataParallelKwargs
     from accel_parallel.plugins import GradientAccumulationPlugin as GradientAccumulationPlugin
@@ -61,6 +69,14 @@ if TYPE_CHECKING:
     from accel_parallel.tensor_plan import plan_tensor_parallel as plan_tensor_parallel
 
 _HOME = {
+    "plan_split_points": "pipeline",
+    "PipelinedModel": "pipeline",
+    "prepare_pippy": "pipeline",
+    "select_plan": "auto",
+    "profile_model": "auto",
+    "Plan": "auto",
+    "Hardware": "auto",
+    "AutoParallelism": "auto",
     "SequenceLayout": "sequence",
     "divided_cross_entropy": "tensor_loss",
     "audit_replicas": "tensor",

@@ -144,6 +144,20 @@ class Process:
             return DistributedType.NO
         return DistributedType(f"MULTI_{self.kind.label}")
 
+    def divide(self, mesh: MeshShape) -> None:
+        """Divide the world once it is known how. Every rank must call this, before anything asks for its place.
+
+        Raises:
+            ConfigError: if it is divided already, or into another number of processes.
+        """
+        if self.settings.mesh not in (None, mesh):
+            raise ConfigError(
+                f"The world is divided into {self.settings.mesh} already, and {mesh} was asked for. "
+                f"`close()` the process first, or give the same sizes everywhere."
+            )
+        self.topology = replace(self.topology, mesh=mesh)
+        self.settings = replace(self.settings, mesh=mesh)
+
     def require_group(self) -> None:
         """Make the process group that a world of one is otherwise spared, for what cannot do without one."""
         if not dist.is_initialized():

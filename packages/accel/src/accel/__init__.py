@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accel_data import skip_first_batches as skip_first_batches
     from accel_launch.notebook import debug_launcher as debug_launcher
     from accel_launch.notebook import notebook_launcher as notebook_launcher
+    from accel_parallel import AutoParallelism as AutoParallelism
     from accel_parallel import DDPCommunicationHookType as DDPCommunicationHookType
     from accel_parallel import DistributedDataParallelKwargs as DistributedDataParallelKwargs
     from accel_parallel import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from accel_parallel import compile_regions as compile_regions
     from accel_parallel import has_compiled_regions as has_compiled_regions
     from accel_parallel import loss_parallel as loss_parallel
+    from accel_parallel import prepare_pippy as prepare_pippy
     from accel_precision import AutocastKwargs as AutocastKwargs
     from accel_precision import GradScalerKwargs as GradScalerKwargs
     from accel_state.errors import AccelError as AccelError
@@ -73,6 +75,8 @@ _HOME = {
     "compile_regions": "accel_parallel",
     "has_compiled_regions": "accel_parallel",
     "loss_parallel": "accel_parallel",
+    "AutoParallelism": "accel_parallel",
+    "prepare_pippy": "accel_parallel",
     "AutocastKwargs": "accel_precision",
     "GradScalerKwargs": "accel_precision",
     "AccelError": "accel_state.errors",

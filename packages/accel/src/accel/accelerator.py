@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from accel.engine import Engine, refuse_inside, refuse_saving
 from accel.handlers import KwargsHandler, by_type
 from accel.loops import Loops
 from accel.metrics import current_batch, gather_for_metrics
+from accel.planning import as_request, settle
 from accel.process_view import ProcessView
 from accel.project import ProjectConfiguration, settled
 from accel.resolve import resolve
@@ -44,6 +46,7 @@ from accel_track import LogWith
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from accel_parallel.auto import AutoParallelism, Plan
     from accel_parallel.compilation import TorchDynamoPlugin
 
 __all__ = ["Accelerator"]
@@ -80,6 +83,7 @@ class Accelerator(ProcessView):
         strategy: str | None = None,
         fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
         parallelism_config: ParallelismConfig | None = None,
+        parallelism: Literal["auto"] | AutoParallelism | None = None,
         dynamo_plugin: TorchDynamoPlugin | None = None,
         dynamo_backend: str | None = None,
         kwargs_handlers: Sequence[KwargsHandler] = (),
@@ -102,6 +106,8 @@ class Accelerator(ProcessView):
             strategy: name of the strategy, such as one of another package; by default what the rest asks for.
             fsdp_plugin: shard models over the processes, with these options.
             parallelism_config: how many processes each kind of parallelism gets.
+            parallelism: ``"auto"`` chooses the strategy and its options when the model is prepared, by predicted memory
+                and time, and prints why; `AutoParallelism` says more about it.
             dynamo_plugin: compile models with these settings.
             dynamo_backend: short for a `dynamo_plugin` with only that backend, such as ``"inductor"``.
             kwargs_handlers: options of the process group, DDP, autocast and the loss scaler, one of each at most.
@@ -134,6 +140,10 @@ class Accelerator(ProcessView):
         world_size = environment.topology().world_size
         self.parallelism_config = parallelism_config
         """How many processes each kind of parallelism was given; ``None`` where nothing was asked for."""
+        chosen_by = {"strategy": strategy, "fsdp_plugin": fsdp_plugin, "parallelism_config": parallelism_config}
+        self._request = as_request(parallelism, chosen_by)
+        self.plan: Plan | None = None
+        """What ``parallelism="auto"`` chose, once a model is prepared."""
         self.process = _open(self.config, mesh_shape(parallelism_config, world_size))
         self.project_configuration = settled(project_config, self.config)
         """Folders of this run."""
@@ -148,17 +158,16 @@ class Accelerator(ProcessView):
             autocast=handlers.get(AutocastKwargs),
             scaler=handlers.get(GradScalerKwargs),
         )
+        self._spread = partial(
+            make_strategy,
+            self.process,
+            place=device_placement,
+            handlers=handlers,
+            dynamo=dynamo_plugin_of(dynamo_plugin, dynamo_backend),
+            precision=computed_in.name,
+        )
         self._engine = Engine(
-            strategy=make_strategy(
-                self.process,
-                name=strategy,
-                place=device_placement,
-                handlers=handlers,
-                fsdp_plugin=fsdp_plugin,
-                parallelism=parallelism_config,
-                dynamo=dynamo_plugin_of(dynamo_plugin, dynamo_backend),
-                precision=computed_in.name,
-            ),
+            strategy=self._spread(name=strategy, fsdp_plugin=fsdp_plugin, parallelism=parallelism_config),
             precision=computed_in,
             accumulation=plugin or GradientAccumulationPlugin(num_steps=self.config.gradient_accumulation_steps),
             loops=self._loops,
@@ -218,10 +227,13 @@ class Accelerator(ProcessView):
         """
         self._together("prepare")
         kinds = [_kind(index, each) for index, each in enumerate(objects)]
-        bundle = self._engine.prepare(
-            [each for each, kind in zip(objects, kinds, strict=True) if kind == "model"],
-            [each for each, kind in zip(objects, kinds, strict=True) if kind == "optimizer"],
-        )
+        given = {
+            kind: [each for each, own in zip(objects, kinds, strict=True) if own == kind]
+            for kind in ("model", "optimizer", "loader")
+        }
+        if self._request is not None and given["model"]:
+            self._follow_plan(self._request, given)
+        bundle = self._engine.prepare(given["model"], given["optimizer"])
         models, optimizers = iter(bundle.models), iter(bundle.optimizers)
         prepared: list[Any] = []
         for each, kind in zip(objects, kinds, strict=True):
@@ -522,6 +534,19 @@ class Accelerator(ProcessView):
     def _together(self, what: str) -> Process:
         refuse_inside(self._engine, what)
         return self.process
+
+    def _follow_plan(self, request: AutoParallelism, given: Mapping[str, list[Any]]) -> None:
+        self.plan = settle(
+            request,
+            models=given["model"],
+            optimizers=given["optimizer"],
+            loaders=given["loader"],
+            engine=self._engine,
+            process=self.process,
+            spread=self._spread,
+            has_loaders=bool(self._loaders),
+        )
+        self._request, self.parallelism_config = None, self.plan.parallelism
 
     def _prepare_loader(self, loader: Any) -> StatefulLoader[Any]:
         prepared = prepare_data_loader(

@@ -40,9 +40,7 @@ class Engine:
     def __init__(
         self, *, strategy: Strategy, precision: Precision, accumulation: GradientAccumulationPlugin, loops: Loops
     ) -> None:
-        self.strategy = strategy
         self.precision = precision
-        self.accumulation = Accumulation(accumulation, strategy)
         self.loops = loops
         self.models: list[nn.Module] = []
         """As they were handed back: what users hold."""
@@ -50,24 +48,33 @@ class Engine:
         self.schedulers: list[PreparedScheduler] = []
         self.joining = False
         """Whether ranks may have left a block for uneven inputs, so that only gradients can be exchanged."""
-        self._scales = precision.scaler.enabled and Duty.SCALE not in strategy.owns
-        self._averages = Duty.AVERAGE not in strategy.owns
         self._fused: FusedOptimizer | None = None
         """The optimizer that runs backward by itself, if there is one."""
-        self._is_special = self._scales
-        """Whether a backward is more than that of the strategy, whatever its window."""
-        each = accumulation.sync_each_batch
-        self._exchanges_each_batch = strategy.average_size == 1 or (
-            strategy.exchanges_each_batch if each is None else each
-        )
-        if self._scales:
-            precision.scaler.reduce_found_inf = strategy.reduce_found_inf
         self._windows_of_model: dict[int, tuple[Window, ...]] = {}
         """By identity, of the models as they were given and as they were handed back."""
         self._wrapped: dict[int, nn.Module] = {}
         """As it was handed back, by the same."""
         self._tables: list[list[DtypeRow]] = []
         """What each of the models held when it was given."""
+        self.strategy: Strategy
+        self.accumulation: Accumulation
+        self.adopt(strategy, accumulation)
+
+    def adopt(self, strategy: Strategy, accumulation: GradientAccumulationPlugin | None = None) -> None:
+        """Spread what is prepared from now on by `strategy`. Only before anything is."""
+        plugin = accumulation or self.accumulation.plugin
+        self.strategy = strategy
+        self.accumulation = Accumulation(plugin, strategy)
+        self._scales = self.precision.scaler.enabled and Duty.SCALE not in strategy.owns
+        self._averages = Duty.AVERAGE not in strategy.owns
+        self._is_special = self._scales
+        """Whether a backward is more than that of the strategy, whatever its window."""
+        each = plugin.sync_each_batch
+        self._exchanges_each_batch = strategy.average_size == 1 or (
+            strategy.exchanges_each_batch if each is None else each
+        )
+        if self._scales:
+            self.precision.scaler.reduce_found_inf = strategy.reduce_found_inf
 
     def prepare(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Bundle:
         """Audit, cast, wrap and bind. Every rank must call this, with its objects in the same order.

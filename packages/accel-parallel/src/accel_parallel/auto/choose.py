@@ -56,10 +56,7 @@ def select_plan(
     Raises:
         ConfigError: if nothing fits, with the least memory that would do and what would help; or for impossible sizes.
     """
-    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
-        raise ConfigError(f"`world_size={world_size!r}` leaves no process to plan for. Give a positive integer.")
-    if not 0 <= reserve < 1:
-        raise ConfigError(f"`reserve={reserve!r}` is no part of a device's memory. Give 0 or more, and less than 1.")
+    _check(world_size, reserve)
     work = Workload(
         batch_size=batch_size,
         sequence_length=_length(profile, sequence_length),
@@ -82,6 +79,13 @@ def select_plan(
         chosen=chosen, candidates=tuple(candidates), profile=profile, hardware=hardware, work=work, optimizer=cost,
         limit_bytes=search.limit_bytes, reasons=reasons_for(chosen, candidates),
     )  # fmt: skip
+
+
+def _check(world_size: int, reserve: float) -> None:
+    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
+        raise ConfigError(f"`world_size={world_size!r}` leaves no process to plan for. Give a positive integer.")
+    if not 0 <= reserve < 1:
+        raise ConfigError(f"`reserve={reserve!r}` is no part of a device's memory. Give 0 or more, and less than 1.")
 
 
 def _candidates(search: Search, world_size: int) -> Iterator[Candidate]:

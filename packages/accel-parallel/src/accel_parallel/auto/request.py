@@ -36,8 +36,8 @@ class AutoParallelism:
     offload: bool = True
     """Whether parameters may be kept in host memory."""
     tensor_parallel: bool = True
-    """Whether matrices may be divided, where the model brings a plan for it. Ranks that share matrices share samples, so
-    that a step has fewer of them."""
+    """Whether matrices may be divided, where the model brings a plan for it. Ranks that share matrices share samples,
+    so that a step has fewer of them."""
 
     def __post_init__(self) -> None:
         if self.sequence_length is not None and self.example_inputs is not None:
