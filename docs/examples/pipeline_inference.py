@@ -13,8 +13,7 @@ import argparse
 import torch
 from torch import nn
 
-from accel import Accelerator
-from accel import prepare_pippy
+from accel import Accelerator, prepare_pippy
 
 
 class LanguageModel(nn.Module):

@@ -106,7 +106,7 @@ def test_ignored_parameters_are_found_and_have_to_be_frozen() -> None:
     found = ignored_parameters(model, Plugin(ignored_modules=r"blocks\.1"))
     assert {id(p) for p in found} == {id(p) for p in model.blocks[1].parameters()}
     assert ignored_parameters(model, Plugin(ignored_modules=[model.blocks[1]])) == found
-    with pytest.raises(ConfigError, match="`blocks.0.up.weight` is ignored by sharding and yet trained"):
+    with pytest.raises(ConfigError, match=r"`blocks\.0\.up\.weight` is ignored by sharding and yet trained"):
         ignored_parameters(model, Plugin(ignored_params=[cast(Block, model.blocks[0]).up.weight]))
     with pytest.raises(ConfigError, match=r"names no module of Net.*'embed'"):
         ignored_parameters(model, Plugin(ignored_modules="block"))

@@ -15,10 +15,14 @@ import accel_parallel.testing
 
 NAMES = """
 __version__
-Accumulation Bundle Checkpoint DDPCommunicationHookType DDPStrategy DistributedDataParallelKwargs Duty
-GradientAccumulationPlugin InitProcessGroupKwargs Item OptimizerState PreparedOptimizer PreparedScheduler
-SingleStrategy Strategy Window audit_model audit_optimizer latest_checkpoint save_checkpoint select_strategy
-strategy_class
+Accumulation AutoParallelism Bundle Checkpoint DDPCommunicationHookType DDPStrategy DistributedDataParallelKwargs Duty
+FSDPStrategy FullyShardedDataParallelPlugin GradientAccumulationPlugin Hardware InitProcessGroupKwargs Item LocalSGD
+OptimizerState ParallelismConfig PipelinedModel Plan PreparedOptimizer PreparedScheduler SequenceLayout
+SequenceParallel SingleStrategy Strategy TensorPlan TorchContextParallelConfig TorchDynamoPlugin Window
+apply_tensor_parallel audit_model audit_optimizer audit_ranks audit_replicas average_model checkpoint_activations
+compile_model compile_regions divided_cross_entropy dtype_table find_blocks format_dtype_table has_compiled_regions
+is_compiled latest_checkpoint loss_parallel plan_split_points plan_tensor_parallel prepare_pippy profile_model
+save_checkpoint select_plan select_strategy shard_sequence strategy_class uncompile
 """
 
 
@@ -39,6 +43,10 @@ def test_names_of_the_checkpoint_and_the_contract_are_these() -> None:
         "Checkpoint",
         "Item",
         "Manifest",
+        "PART",
+        "StoredTensor",
+        "divide",
+        "gather",
         "latest_checkpoint",
         "next_number",
         "numbered_path",

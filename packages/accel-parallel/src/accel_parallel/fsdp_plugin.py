@@ -119,7 +119,8 @@ class FullyShardedDataParallelPlugin:
     def _check_choice(self, name: str, value: object, known: Sequence[str]) -> None:
         if value not in known:
             raise ConfigError(
-                f"`{name}={value!r}` is not known.{did_you_mean(str(value), list(known))} Use one of {', '.join(known)}."
+                f"`{name}={value!r}` is not known.{did_you_mean(str(value), list(known))} "
+                f"Use one of {', '.join(known)}."
             )
 
     def _check_wrapping(self) -> None:
@@ -142,7 +143,8 @@ class FullyShardedDataParallelPlugin:
                 )
         if policy == "size_based_wrap" and least is None:
             raise ConfigError(
-                "`auto_wrap_policy='size_based_wrap'` needs the least size of a unit. Set `min_num_params`, such as 1e6."
+                "`auto_wrap_policy='size_based_wrap'` needs the least size of a unit. "
+                "Set `min_num_params`, such as 1e6."
             )
         if least is not None and not least >= 1:
             raise ConfigError(f"`min_num_params={least!r}` is no number of parameters. Give a positive number.")

@@ -95,8 +95,8 @@ def ignored_parameters(model: nn.Module, plugin: FullyShardedDataParallelPlugin)
         modules = [module for name, module in model.named_modules() if pattern.fullmatch(name)]
         if not modules:
             raise ConfigError(
-                f"`ignored_modules={plugin.ignored_modules!r}` names no module of {type(model).__name__}. The names are "
-                f"those of `named_modules()`, such as {_some_names(model)}, and are matched in full."
+                f"`ignored_modules={plugin.ignored_modules!r}` names no module of {type(model).__name__}. The names "
+                f"are those of `named_modules()`, such as {_some_names(model)}, and are matched in full."
             )
     else:
         modules = tuple(plugin.ignored_modules or ())

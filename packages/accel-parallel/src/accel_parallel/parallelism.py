@@ -1,4 +1,4 @@
-"""How many processes each kind of parallelism gets: what users set, and the mesh that it makes. No process is needed."""
+"""How many processes each kind of parallelism gets: what users set, and the mesh that it makes. Needs no process."""
 
 from __future__ import annotations
 

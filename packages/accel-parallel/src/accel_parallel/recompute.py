@@ -155,7 +155,7 @@ def _refuse_twice(model: nn.Module) -> None:
             by, remedy = "accel already does", "Ask for it once, or call the function that the first call returned"
         elif getattr(module, "gradient_checkpointing", False) is True:
             by = "the model does so itself (`gradient_checkpointing` is true)"
-            remedy = "Turn it off there (transformers: `model.gradient_checkpointing_disable()`), or do not ask for it here"
+            remedy = "Turn it off there (`model.gradient_checkpointing_disable()`), or do not ask for it here"
         elif type(module).__name__ == "CheckpointWrapper":
             by, remedy = "torch's `checkpoint_wrapper` does so", "Leave the wrapper out, or do not ask for it here"
         else:

@@ -17,7 +17,9 @@ from torch import nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Box", "box_of", "in_memory", "is_sharded", "like", "local_of", "owns_part", "part_of", "total_norm", "whole"]
+__all__ = [
+    "Box", "box_of", "in_memory", "is_sharded", "like", "local_of", "owns_part", "part_of", "total_norm", "whole",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,7 @@ class Box:
         """What both hold; ``None`` where that is nothing."""
         starts = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         ends = tuple(
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
         )
         if any(end <= start for start, end in zip(starts, ends, strict=True)):
             return None

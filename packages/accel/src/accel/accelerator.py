@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -44,8 +45,6 @@ from accel_state.topology import MeshShape
 from accel_track import LogWith
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from accel_parallel.auto import AutoParallelism, Plan
     from accel_parallel.compilation import TorchDynamoPlugin
 

@@ -12,8 +12,8 @@ cannot hold is written as a dict of one key that begins with ``$``:
 ``{"$counter": [[k, v], ..]}``  a ``collections.Counter`` (schedulers keep milestones in one)
 ``{"$float": "nan"}``  ``nan``, ``inf`` or ``-inf``
 ``{"$dtype": "float32"}``  a ``torch.dtype``
-``{"$parts": {..}}``  a tensor whose parts lie in other items: ``key``, ``shape``, ``dtype``, and for each part the item,
-                    where it begins and its shape
+``{"$parts": {..}}``  a tensor whose parts lie in other items: ``key``, ``shape``, ``dtype``, and for each part the
+                    item, where it begins and its shape
 ==================  =========================================================
 """
 

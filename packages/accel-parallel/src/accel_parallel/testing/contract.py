@@ -78,12 +78,11 @@ def check_contract(
             for rank, traces in enumerate(of_ranks):
                 place = f"`{strategy_name}`, {world_size} process(es), {scenario.name}, rank {rank}"
                 _compare(place, traces[scenario.name], expected[topology.at(rank).data_rank], TOLERANCES[dtype])
-        for rank, failures in enumerate(
-            run_ranks(
-                contract_states, world_size, strategy_name, dtype, options, parallelism,
-                timeout_s=timeout_s, settings=settings,
-            )  # fmt: skip
-        ):
+        of_states = run_ranks(
+            contract_states, world_size, strategy_name, dtype, options, parallelism,
+            timeout_s=timeout_s, settings=settings,
+        )  # fmt: skip
+        for rank, failures in enumerate(of_states):
             demand(not failures, f"`{strategy_name}`, {world_size} process(es), rank {rank}: {'; '.join(failures)}")
 
 
