@@ -71,7 +71,7 @@ def select_plan(
         profile=profile, hardware=hardware, work=work, optimizer=cost, reserve=reserve,
         offload=offload and hardware.host is not None,
     )  # fmt: skip
-    candidates = sorted(_candidates(search, world_size), key=lambda each: (not each.fits, each.layout.simplicity, *each.rank))
+    candidates = sorted(_candidates(search, world_size), key=lambda each: (not each.fits, *each.rank))
     chosen = candidates[0]
     if not chosen.fits:
         raise ConfigError(refusal(search, world_size, candidates))
