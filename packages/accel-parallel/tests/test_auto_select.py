@@ -162,6 +162,16 @@ def test_sizes_multiply_to_the_world_and_divide_what_they_have_to(
     assert plan.samples_per_step % (run["batch_size"] * run["gradient_accumulation_steps"]) == 0
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "sizes"), [(12, 6, [1, 2, 3, 6]), (32, 8, [1, 2, 4, 8]), (7, 7, [1, 7])])
+def test_tensor_parallel_divides_heads_of_queries_and_of_keys(heads: int, kv_heads: int, sizes: list[int]) -> None:
+    profile = replace(transformer_profile(SMALL), num_heads=heads, num_kv_heads=kv_heads, tp_sizes=tuple(range(2, 65)))
+    world = 8 * 3 * 7
+    found = {layout.tp for layout in layouts(profile, world_size=world, devices_per_node=world, offload=False)}
+    assert sorted(found) == sizes
+    a_node_less = {layout.tp for layout in layouts(profile, world_size=world, devices_per_node=1, offload=False)}
+    assert a_node_less == {1}
+
+
 @slow
 @given(profiles(), runs(), st.floats(1, 200))
 def test_the_same_question_has_the_same_answer(profile: ModelProfile, run: dict[str, Any], memory_gib: float) -> None:

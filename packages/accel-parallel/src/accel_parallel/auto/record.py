@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
             while position < len(self._events) and self._events[position][0] == number:
                 signed = self._events[position][1]
                 storage = self._storages[abs(signed) - 1]
-                if True:
+                if storage.kind == "activation":
                     live += storage.size_bytes if signed > 0 else -storage.size_bytes
                     segment.peak = max(segment.peak, live)
                 position += 1
