@@ -155,11 +155,17 @@ def settle(
 
 
 def _agreed_hardware(process: Process) -> Hardware:
-    """That of this process, with the least memory that any has."""
+    """That of this process, with the least memory and speed that any has, so that all ranks choose the same plan."""
     from accel_parallel.auto import detect_hardware
 
     own = detect_hardware(process.topology, process.device)
-    return replace(own, memory_bytes=min(gather_object([own.memory_bytes], process=process)))
+    everybody = gather_object([own], process=process)
+    return replace(
+        own,
+        memory_bytes=min(each.memory_bytes for each in everybody),
+        host_memory_bytes=min(each.host_memory_bytes for each in everybody),
+        flops_per_s=min((each.flops_per_s for each in everybody), key=lambda speeds: speeds["float32"]),
+    )
 
 
 def _completed(request: AutoParallelism, model: nn.Module, loaders: Sequence[Any]) -> AutoParallelism:
