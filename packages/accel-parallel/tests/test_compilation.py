@@ -261,6 +261,19 @@ def test_compiling_twice_is_refused(by: str) -> None:
             compile_model(model, plugin)
 
 
+def test_what_is_put_over_a_compiled_forward_is_not_taken_for_it() -> None:
+    plain, model, inner, outer = build(), build(), Counting(), Counting()
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend=inner)
+    checkpoint_activations(model)
+    # Dynamo compiles what a compiled function was made from, and would leave the recomputing out.
+    assert not any(hasattr(block.forward, "_torchdynamo_orig_callable") for block in model.blocks)
+    assert is_compiled(model)
+    with pytest.raises(ConfigError, match=r"its part `blocks\.0` is compiled already, by"):
+        compile_model(model, TorchDynamoPlugin(backend=outer))
+    assert_close(step(model, tokens()), step(plain, tokens()))
+
+
 def test_undoing_in_the_wrong_order_is_refused() -> None:
     model, plain = build(), build()
     undo = checkpoint_activations(model)

@@ -225,8 +225,11 @@ def _how_compiled(module: nn.Module) -> str | None:
         return "by `torch.compile(module)`"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "by `module.compile()`"
-    if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-        return "by `torch.compile(module.forward)`"
+    forward = vars(module).get("forward")
+    while forward is not None:  # down to what was replaced
+        if hasattr(forward, "_torchdynamo_orig_callable"):
+            return "by `torch.compile(module.forward)`"
+        forward = getattr(forward, "__wrapped__", None)
     return None
 
 

@@ -48,8 +48,8 @@ def forward_of(module: nn.Module) -> Forward:
 
 def dress(outer: Forward, inner: Forward) -> None:
     """Let `outer` look like `inner`, signature and marks of others included, without being taken for it by dynamo."""
-    functools.update_wrapper(outer, inner, updated=())
     vars(outer).update({name: value for name, value in vars(inner).items() if not name.startswith("_torchdynamo")})
+    functools.update_wrapper(outer, inner, updated=())
 
 
 def replace_forward(module: nn.Module, kind: str, outer: Forward, inner: Forward) -> None:
