@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import compile as compilation
 from benchmarks import ddp, dispatch, fsdp, gather, importing, launch, loader, page, resume, step
 from benchmarks.compare import Comparison, Outcome
 from benchmarks.compare import run as run_comparison
@@ -23,7 +24,7 @@ from benchmarks.sides import Side, inspect_sides
 
 __all__ = ["main"]
 
-MEASUREMENTS = (step, ddp, fsdp, gather, loader, dispatch, resume, launch, importing)
+MEASUREMENTS = (step, ddp, fsdp, gather, loader, dispatch, resume, launch, importing, compilation)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
