@@ -8,6 +8,7 @@ al., "PyTorch FSDP", arXiv:2304.11277; torch's `fully_shard` does the work.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, pairwise
@@ -32,6 +33,7 @@ from accel_parallel.strategy import Bundle, OptimizerState
 from accel_parallel.weights import AsTheyAre, FromFiles, FromRankZero, WeightSource
 from accel_state.errors import ConfigError
 from accel_state.process import DistributedType, Process
+from accel_state.protocols import LossScaler
 from accel_state.topology import Axis, MeshShape
 
 if TYPE_CHECKING:
@@ -84,6 +86,8 @@ class FSDPStrategy(SingleStrategy):
             )
         self._keeping: set[int] = set()
         """Models, by identity, that keep their gradients local for now."""
+        self._sharded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        """Models that were prepared."""
 
     @property
     def average_size(self) -> int:
@@ -129,6 +133,8 @@ class FSDPStrategy(SingleStrategy):
                 source.before(chain(model.named_parameters(), model.named_buffers()), model)
             self.model_axes.apply(model, division)
             self._shard(model, units, ignored, source)
+            model.register_forward_hook(_reshard_unless_training)
+            self._sharded.add(model)
         sharded = [dict(model.named_parameters()) for model in bundle.models]
         for optimizer in bundle.optimizers:
             _follow(optimizer, {old: sharded[index][name] for old, (index, name) in places.items()})
@@ -158,13 +164,19 @@ class FSDPStrategy(SingleStrategy):
         self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
     ) -> torch.Tensor:
         check_clip(max_norm, norm_type)
-        gradients = gradients_of(parameters)
+        gradients = gradients_of(_only_shards(parameters))
         norm = total_norm(gradients, norm_type)
         clip_to_norm_(gradients, norm, max_norm)
         return norm
 
     def grad_norm(self, parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
-        return total_norm(gradients_of(parameters), norm_type)
+        return total_norm(gradients_of(_only_shards(parameters)), norm_type)
+
+    def step(self, optimizer: Optimizer, *, scaler: LossScaler, closure: Callable[[], Any] | None = None) -> bool:
+        # What a forward without a backward gathered would be old afterwards, and the next forward would take it.
+        for model in self._sharded:
+            _reshard(model)
+        return super().step(optimizer, scaler=scaler, closure=closure)
 
     def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         _reshard(self.unwrap(model))
@@ -346,6 +358,34 @@ def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _reshard_unless_training(model: nn.Module, args: Any, output: Any) -> None:
+    """After a forward that no backward follows, which would otherwise leave gathered parameters for the model's own.
+
+    torch keeps what it does not reshard after forward until backward. Until then ``parameters()`` and whatever takes
+    them from there, such as ``zero_grad()`` and clipping, would see copies without gradients.
+    """
+    if not (model.training and torch.is_grad_enabled()):
+        _reshard(model)
+
+
+def _only_shards(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Refuse trained parameters that are whole, whose gradients are elsewhere or nobody's.
+
+    Raises:
+        ConfigError: saying how many there are.
+    """
+    given = list(parameters)
+    odd = [each for each in given if each.requires_grad and not is_sharded(each)]
+    if odd:
+        raise ConfigError(
+            f"{len(odd)} of the {len(given)} parameters to clip, the first of shape {tuple(odd[0].shape)}, are whole, "
+            f"and every trained parameter of a prepared model is sharded. They were taken from the model after a "
+            f"forward without a backward, while it holds gathered copies, or belong to a model that was not prepared. "
+            f"Clip right after `backward`; evaluate under `torch.no_grad()` or after `model.eval()`."
+        )
+    return given
 
 
 def _follow(optimizer: Optimizer, successors: Mapping[torch.Tensor, torch.Tensor]) -> None:

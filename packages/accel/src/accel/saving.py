@@ -140,11 +140,11 @@ class Saving:
 
     def _items(self) -> list[files.Item]:
         engine = self.engine
-        names = self._parameter_names()
         items = [
             files.Item(_numbered("model", index), "model", engine.strategy.model_state(model))
             for index, model in enumerate(engine.models)
         ]
+        names = self._parameter_names()  # after the states, which give up what a forward gathered
         for index, optimizer in enumerate(engine.optimizers):
             state = engine.strategy.optimizer_state(optimizer.optimizer, names)
             content = {"state": state.state, "groups": state.groups, "steps_taken": optimizer.steps_taken}
@@ -181,9 +181,9 @@ class Saving:
 
     def _restore(self, states: dict[str, Any]) -> None:
         engine = self.engine
-        names = self._parameter_names()
         for index, model in enumerate(engine.models):
             engine.strategy.load_model_state(model, states[_numbered("model", index)])
+        names = self._parameter_names()  # after the states, for which gathered copies are given up
         for index, optimizer in enumerate(engine.optimizers):
             state = states[_numbered("optimizer", index)]
             engine.strategy.load_optimizer_state(
