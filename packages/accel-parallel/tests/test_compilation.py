@@ -314,6 +314,14 @@ def test_settings_that_torch_refuses_are_refused(given: dict[str, Any], said: st
     assert not is_compiled(model)
 
 
+def test_a_sharded_model_as_a_whole_is_refused_and_goes_by_regions_by_default() -> None:
+    model = build()
+    with pytest.raises(ConfigError, match="`use_regional_compilation=False` was given for `Model`, which is sharded"):
+        compile_model(model, TorchDynamoPlugin(use_regional_compilation=False), sharded=True)
+    compile_model(model, TorchDynamoPlugin(backend="eager"), sharded=True)
+    assert has_compiled_regions(model)
+
+
 def test_no_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="`Linear` was to be compiled by its repeated blocks, and none were found"):
         compile_model(nn.Linear(2, 2), TorchDynamoPlugin(use_regional_compilation=True))
@@ -390,7 +398,7 @@ def test_inductor_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 @dataclass(frozen=True)
 class Case:
     wrapper: str
-    regional: bool
+    regional: bool | None
     recompute: bool = False
     late: bool = False
     """Whether compiling comes after wrapping."""
@@ -398,15 +406,12 @@ class Case:
 
 
 CASES = [
-    # Hooks at each sharded unit are not compiled, so only blocks are, whatever was asked for.
-    Case("fsdp", regional=True),
+    # Hooks at each sharded unit are not compiled, so only blocks are, though nobody asked for that.
     Case("fsdp", regional=True, recompute=True),
-    Case("fsdp", regional=True, late=True),
-    Case("fsdp", regional=False),
-    Case("ddp", regional=True),
+    Case("fsdp", regional=None, late=True),
     Case("ddp", regional=True, recompute=True),
     # Dynamo cuts the graph of a whole model at DDP's buckets, so that these are exchanged during backward.
-    Case("ddp", regional=False, graphs=2),
+    Case("ddp", regional=None, graphs=2),
     Case("ddp", regional=False, late=True, graphs=2),
 ]
 
@@ -437,16 +442,17 @@ def run_case(case: Case, wanted: list[torch.Tensor]) -> int:
     names = [name for name, _ in inner.named_parameters()]
     if case.recompute:
         checkpoint_activations(inner)
+    sharded = case.wrapper == "fsdp"
     if not case.late:
-        compile_model(inner, plugin)
-    if case.wrapper == "fsdp":
+        compile_model(inner, plugin, sharded=sharded)
+    if sharded:
         for block in inner.blocks:
             fully_shard(block)
         fully_shard(inner)
     else:
         wrapped = DistributedDataParallel(inner, bucket_cap_mb=1)
     if case.late:
-        compile_model(inner, plugin)
+        compile_model(inner, plugin, sharded=sharded)
     for _ in range(2):
         _, *gradients = step(wrapped, tokens(rank=torch.distributed.get_rank()))
         assert_close([getattr(each, "full_tensor", lambda each=each: each)() for each in gradients], wanted)
@@ -456,4 +462,4 @@ def run_case(case: Case, wanted: list[torch.Tensor]) -> int:
 
 def test_spread_over_ranks_it_is_exact() -> None:
     wanted = [case.graphs for case in CASES]
-    assert run_ranks(run_cases_on_two_ranks, 2) == [wanted, wanted]
+    assert run_ranks(run_cases_on_two_ranks, 2, timeout_s=110) == [wanted, wanted]

@@ -45,9 +45,10 @@ class TorchDynamoPlugin:
     """Settings of the backend; not with `mode`."""
     disable: bool = False
     """Whether to compile nothing, so that a script can be debugged without changing the other settings."""
-    use_regional_compilation: bool = False
+    use_regional_compilation: bool | None = None
     """Whether the repeated blocks are compiled, once for all that are alike, and not the model as a whole: compile
-    time no longer grows with depth, and what lies between blocks runs as it was written."""
+    time no longer grows with depth, and what lies between blocks runs as it was written. ``None``: where the model is
+    sharded, since hooks of its units are not compiled and would cut the graph of the whole."""
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.options is not None:
@@ -72,22 +73,33 @@ class TorchDynamoPlugin:
         }
 
 
-def compile_model(model: nn.Module, plugin: TorchDynamoPlugin) -> None:
+def compile_model(model: nn.Module, plugin: TorchDynamoPlugin, *, sharded: bool = False) -> None:
     """Compile `model` in place, as a whole or by its blocks. Compiling itself happens at the first forward.
 
     Names, ``state_dict``, identity and hooks stay: the instance's forward is replaced. Call it on the module that a
     user handed in: after activation checkpointing and after a precision's casts, which are compiled too, and before it
     is wrapped in DDP or sharded.
 
+    Args:
+        model: what to compile.
+        plugin: how.
+        sharded: whether the blocks of `model` are or will be sharded by `fully_shard`.
+
     Raises:
-        ConfigError: if something in the model is compiled already, `torch.compile` refuses the settings, or a model
-            without repeated blocks is to be compiled by these.
+        ConfigError: if something in the model is compiled already, `torch.compile` refuses the settings, a model
+            without repeated blocks is to be compiled by these, or a sharded one as a whole.
     """
     if plugin.disable:
         return
-    if plugin.use_regional_compilation:
+    regional = sharded if plugin.use_regional_compilation is None else plugin.use_regional_compilation
+    if regional:
         compile_regions(model, **plugin.arguments())
         return
+    if sharded:
+        raise ConfigError(
+            f"`use_regional_compilation=False` was given for `{type(model).__name__}`, which is sharded: the hooks of "
+            f"its units run uncompiled and would cut the graph at each of them. Leave it out, or set it to true."
+        )
     _refuse_twice(model)
     inner = forward_of(model)
     replace_forward(model, _KIND, _compiled(_with_own_code(inner), plugin.arguments()), inner)
@@ -114,7 +126,8 @@ def compile_regions(model: nn.Module, blocks: Iterable[tuple[str, nn.Module]] | 
     if not found:
         raise ConfigError(
             f"`{type(model).__name__}` was to be compiled by its repeated blocks, and none were found in it. Compile "
-            f"it as a whole (`use_regional_compilation=False`), or call `compile_regions` with `blocks`."
+            f"it as a whole (`use_regional_compilation=False`, unless it is sharded), or call `compile_regions` with "
+            f"`blocks`."
         )
     alike: dict[Forward, list[nn.Module]] = defaultdict(list)
     for _, block in found:
