@@ -23,7 +23,13 @@ from torch.optim import Optimizer
 from accel_parallel.axes import ModelAxes
 from accel_parallel.clip import check_clip, clip_to_norm_, gradients_of
 from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
-from accel_parallel.fsdp_units import check_shardable, ignored_parameters, plan_units
+from accel_parallel.fsdp_units import (
+    check_ignored,
+    check_separate,
+    check_shardable,
+    ignored_parameters,
+    plan_units,
+)
 from accel_parallel.mesh import Mesh
 from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.recompute import checkpoint_activations
@@ -76,6 +82,7 @@ class FSDPStrategy(SingleStrategy):
         process.require_group()
         self.mesh = Mesh(process, _shape(process, self.options))
         self.device_mesh = self.mesh.root
+        _check_reshard(self.options, self.mesh)
         self.model_axes = ModelAxes(self.mesh, self.parallelism)
         self.sequence = self.model_axes.sequence
         if self.options.cpu_ram_efficient_loading and self.model_axes.divides_tensors:
@@ -115,6 +122,9 @@ class FSDPStrategy(SingleStrategy):
             ConfigError: for what cannot be sharded; nothing is changed then.
         """
         source = self._source()
+        check_separate(bundle.models)
+        check_ignored(bundle.models, self.options)
+        _refuse_weights_unread(bundle.models, self.options)
         plans = []
         for model in bundle.models:
             _refuse_sharded(model)
@@ -243,7 +253,7 @@ class FSDPStrategy(SingleStrategy):
         if self.options.activation_checkpointing:
             # Inside the units' hooks, which gather parameters again before a block is computed again.
             checkpoint_activations(model, units[::-1] or None)
-        self.compile(model)
+        self.compile(model, sharded=bool(units))
         taken: set[int] = set()
         settings = self._settings(ignored)
         device = self.process.device
@@ -257,6 +267,9 @@ class FSDPStrategy(SingleStrategy):
             ]
             source.before(fresh, model)
             held = [p for _, p in unit.named_parameters() if not is_sharded(p) and p not in ignored]
+            for parameter in held:
+                if not parameter.is_contiguous():  # torch cuts dense rows
+                    parameter.data = parameter.data.contiguous()
             _fully_shard(unit, is_root=unit is model, settings=settings)
             taken.update(id(tensor) for _, tensor in fresh)
             for parameter in held:
@@ -319,11 +332,37 @@ def _dtype(name: str, value: torch.dtype | str | bool | None) -> Any:
 def _shape(process: Process, options: FullyShardedDataParallelPlugin) -> MeshShape:
     """The mesh that was asked for; without one, all processes share one copy, or those of each node where hybrid."""
     topology = process.topology
+    by_node = MeshShape(dp_replicate=topology.num_nodes, dp_shard=topology.local_world_size)
     if process.settings.mesh is not None:
+        if options.hybrid and topology.shape != by_node:
+            raise ConfigError(
+                f"A hybrid sharding strategy shards within each of {topology.num_nodes} node(s) of "
+                f"{topology.local_world_size} process(es), and the mesh that was asked for is {topology.shape}. "
+                f"Leave the strategy out, or the sizes."
+            )
         return topology.shape
-    if options.hybrid:
-        return MeshShape(dp_replicate=topology.num_nodes, dp_shard=topology.local_world_size)
-    return MeshShape(dp_shard=topology.world_size)
+    return by_node if options.hybrid else MeshShape(dp_shard=topology.world_size)
+
+
+def _check_reshard(options: FullyShardedDataParallelPlugin, mesh: Mesh) -> None:
+    size, sharing = options.reshard_after_forward, mesh.data.size(-1)
+    if isinstance(size, int) and not isinstance(size, bool) and sharing % size:
+        fitting = [number for number in range(2, sharing + 1) if sharing % number == 0]
+        remedy = f"Use {', '.join(map(str, fitting))}, or True" if fitting else "Use True"
+        raise ConfigError(
+            f"`reshard_after_forward={size}` reshards to groups of {size} processes, and {sharing} share a copy of the "
+            f"model, which do not make such groups. {remedy}."
+        )
+
+
+def _refuse_weights_unread(models: Sequence[nn.Module], options: FullyShardedDataParallelPlugin) -> None:
+    tensors = chain.from_iterable(chain(model.parameters(), model.buffers()) for model in models)
+    if options.weights_path is not None and models and not any(tensor.is_meta for tensor in tensors):
+        raise ConfigError(
+            f"`weights_path={str(options.weights_path)!r}` fills what is on the meta device, and nothing of "
+            f"{', '.join(type(model).__name__ for model in models)} is, so that the file would not be read. Build the "
+            f"model under `init_empty_weights()` or `torch.device('meta')`, or leave `weights_path` out."
+        )
 
 
 def _fully_shard(unit: nn.Module, *, is_root: bool, settings: Mapping[str, Any]) -> None:

@@ -90,12 +90,17 @@ class SingleStrategy:
             self.compile(model)
         return bundle
 
-    def compile(self, model: nn.Module) -> None:
-        """Compile `model` in place if the run asks for it; the last thing before it is wrapped."""
+    def compile(self, model: nn.Module, *, sharded: bool = False) -> None:
+        """Compile `model` in place if the run asks for it; the last thing before it is wrapped.
+
+        Args:
+            model: what to compile.
+            sharded: whether its blocks will be sharded one by one, whose hooks would cut the graph of the whole.
+        """
         if self.dynamo is not None:
             from accel_parallel.compilation import compile_model  # dynamo takes long to import
 
-            compile_model(model, self.dynamo)
+            compile_model(model, self.dynamo, sharded=sharded)
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         loss.backward(**kwargs)  # type: ignore[no-untyped-call, unused-ignore]
