@@ -17,7 +17,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from accel_parallel import Bundle, FullyShardedDataParallelPlugin
 from accel_parallel.fsdp import FSDPStrategy
-from accel_parallel.fsdp_units import check_shardable, ignored_parameters, plan_units
+from accel_parallel.fsdp_units import (
+    check_ignored,
+    check_separate,
+    check_shardable,
+    ignored_parameters,
+    plan_units,
+)
 from accel_parallel.sharded import Box, box_of, is_sharded, local_of, total_norm, whole
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import Process
@@ -108,8 +114,13 @@ def test_ignored_parameters_are_found_and_have_to_be_frozen() -> None:
     assert ignored_parameters(model, Plugin(ignored_modules=[model.blocks[1]])) == found
     with pytest.raises(ConfigError, match=r"`blocks\.0\.up\.weight` is ignored by sharding and yet trained"):
         ignored_parameters(model, Plugin(ignored_params=[cast(Block, model.blocks[0]).up.weight]))
-    with pytest.raises(ConfigError, match=r"names no module of Net.*'embed'"):
-        ignored_parameters(model, Plugin(ignored_modules="block"))
+    for_another = Plugin(ignored_modules=iter([_net().blocks[1]]))
+    with pytest.raises(ConfigError, match=r"names no module with parameters of Net.*'embed'"):
+        check_ignored([model], Plugin(ignored_modules="block"))
+    with pytest.raises(ConfigError, match=r"hold no parameter of Net, Linear.*not of a copy"):
+        check_ignored([model, nn.Linear(2, 2)], for_another)
+    check_ignored([nn.Linear(2, 2), model], Plugin(ignored_modules=r"blocks\.1"))  # in one of them
+    check_ignored([], for_another)
 
 
 def test_a_model_on_several_devices_is_refused() -> None:
@@ -117,7 +128,11 @@ def test_a_model_on_several_devices_is_refused() -> None:
         def __init__(self, device: str) -> None:
             self.device, self.requires_grad, self.dtype = torch.device(device), False, torch.float32
 
-    spread = SimpleNamespace(named_parameters=lambda: [("a", Parameter("cuda:0")), ("b", Parameter("cuda:1"))])
+            self.shape = torch.Size([2])
+
+    spread = SimpleNamespace(
+        named_parameters=lambda: [("a", Parameter("cuda:0")), ("b", Parameter("cuda:1"))], named_modules=list
+    )
     with pytest.raises(ConfigError, match=r"`a` on cuda:0, `b` on cuda:1.*without a device map"):
         check_shardable(cast(nn.Module, spread), [], set())
 
@@ -127,6 +142,25 @@ def test_a_unit_that_trains_two_dtypes_is_refused() -> None:
     cast(Block, model.blocks[1]).down.to(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"`blocks.1` trains `blocks.1.up.weight` in torch.float32 and .*bfloat16"):
         check_shardable(model, plan_units(model, Plugin()), set())
+
+
+def test_tensors_that_cannot_be_cut_are_refused() -> None:
+    number = nn.Linear(2, 2)
+    number.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(ConfigError, match=r"`scale` is a single number.*shape \(1,\)"):
+        check_shardable(number, [], set())
+    check_shardable(number, [], {number.scale})
+    with pytest.raises(ConfigError, match=r"`0` has sparse gradients"):
+        check_shardable(nn.Sequential(nn.Embedding(2, 2, sparse=True)), [], set())
+    with pytest.raises(ConfigError, match=r"chose `blocks`, a ModuleList, which has no forward"):
+        plan_units(_net(), Plugin(auto_wrap_policy=lambda module: isinstance(module, nn.ModuleList)))
+
+
+def test_models_that_share_a_parameter_are_refused() -> None:
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"`1.weight` of the Sequential is `weight` of the Linear"):
+        check_separate([frozen, nn.Sequential(nn.ReLU(), frozen)])
+    check_separate([nn.Sequential(frozen, frozen), nn.Linear(2, 2)])  # twice in one model is one place
 
 
 # Parts and norms
@@ -406,6 +440,8 @@ def _twice() -> list[str]:
         lambda: FSDPStrategy(process).prepare(Bundle((model,))),
         lambda: FSDPStrategy(process).join([model]),
         lambda: FSDPStrategy(process, place=False),
+        lambda: FSDPStrategy(process).prepare(Bundle((nn.Sequential(model.head),))),
+        lambda: FSDPStrategy(process, options=Plugin(reshard_after_forward=3)),
     ):
         with pytest.raises(ConfigError) as caught:
             act()
@@ -418,6 +454,8 @@ def test_what_cannot_be_is_refused_before_the_first_step() -> None:
     assert "is sharded by `fully_shard` already" in found[0]
     assert "whose every forward needs all ranks" in found[1]
     assert "`device_placement=False`" in found[2]
+    assert "`0.weight` is divided over processes already" in found[3]
+    assert "groups of 3 processes, and 1 share a copy" in found[4]
 
 
 def _box(world: int) -> list[Any]:

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel import (
     Accelerator,
+    CheckpointError,
     ConfigError,
     DistributedDataParallelKwargs,
     DistributedType,
@@ -202,8 +204,23 @@ def _refused(arguments: dict[str, Any]) -> str:
             },
             "DistributedDataParallelKwargs, which has no effect on the strategy `fsdp`",
         ),
+        (
+            {
+                "fsdp_plugin": FullyShardedDataParallelPlugin(sharding_strategy="HYBRID_SHARD"),
+                "parallelism_config": ParallelismConfig(cp_size=2),
+            },
+            r"hybrid sharding strategy shards within each of 1 node\(s\) of 2 process.*cp=2",
+        ),
+        (
+            {"fsdp_plugin": FullyShardedDataParallelPlugin(mixed_precision_policy="fp16")},
+            "computes in fp16, and the run's `mixed_precision='no'` decides on loss scaling",
+        ),
+        (
+            {"fsdp_plugin": FullyShardedDataParallelPlugin(reshard_after_forward=4)},
+            "groups of 4 processes, and 2 share a copy.* Use 2, or True",
+        ),
     ],
-    ids=["another world", "nothing to shard over", "options of DDP"],
+    ids=["another world", "nothing to shard over", "options of DDP", "nodes and sizes", "unscaled float16", "groups"],
 )
 def test_what_would_have_no_effect_is_refused(arguments: dict[str, Any], message: str) -> None:
     for found in run_ranks(_refused, 2, arguments, open_process=False):
@@ -229,3 +246,34 @@ def test_an_optimizer_of_parameters_from_before_sharding_is_refused() -> None:
     for found in run_ranks(_stale_optimizer, 2, open_process=False):
         assert "belong to no prepared model" in found
         assert "prepare both together" in found
+
+
+class _Average:
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weight = state["weight"]
+
+
+def _unread_or_unsaved(folder: Path) -> tuple[str, str]:
+    plugin = FullyShardedDataParallelPlugin(weights_path=folder / "weights.safetensors")
+    with pytest.raises(ConfigError, match="`weights_path=") as unread:
+        Accelerator(cpu=True, fsdp_plugin=plugin).prepare(Net())
+    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin())
+    model = accelerator.prepare(Net())
+    accelerator.register_for_checkpointing(_Average(model.enter.weight))
+    with pytest.raises(CheckpointError, match="`custom`") as unsaved:
+        accelerator.save_state(folder / "saved")
+    return str(unread.value), str(unsaved.value)
+
+
+def test_weights_that_nobody_reads_and_shards_that_nobody_gathers_are_refused(tmp_path: Path) -> None:
+    save_file(Net().state_dict(), tmp_path / "weights.safetensors")
+    for unread, unsaved in run_ranks(_unread_or_unsaved, 2, tmp_path):
+        assert "nothing of Net is, so that the file would not be read" in unread
+        assert "`weight` of `custom` is divided over processes" in unsaved
+        assert "`tensor.full_tensor()`" in unsaved

@@ -95,6 +95,10 @@ class FullyShardedDataParallelPlugin:
         self._check_choice("state_dict_type", self.state_dict_type, get_args(StateDictType))
         self._check_wrapping()
         self._check_reshard()
+        for name in ("ignored_modules", "ignored_params"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))  # an iterator would last for one model
         if isinstance(self.mixed_precision_policy, str):
             self._check_choice("mixed_precision_policy", self.mixed_precision_policy, _PRECISIONS)
         if self.cpu_ram_efficient_loading and self.weights_path is not None:

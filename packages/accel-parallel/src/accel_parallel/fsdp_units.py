@@ -10,9 +10,10 @@ from torch import nn
 
 from accel_parallel.blocks import find_blocks
 from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.sharded import is_sharded
 from accel_state.errors import ConfigError
 
-__all__ = ["check_shardable", "ignored_parameters", "plan_units"]
+__all__ = ["check_ignored", "check_separate", "check_shardable", "ignored_parameters", "plan_units"]
 
 
 def plan_units(
@@ -41,7 +42,14 @@ def _chosen(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[tu
     if policy == "no_wrap":
         return []
     if callable(policy):
-        return [(name, module) for name, module in model.named_modules() if module is not model and policy(module)]
+        chosen = [(name, module) for name, module in model.named_modules() if module is not model and policy(module)]
+        for name, module in chosen:
+            if type(module).forward is nn.Module.forward:
+                raise ConfigError(
+                    f"`auto_wrap_policy` chose `{name}`, a {type(module).__name__}, which has no forward, so that it "
+                    f"would never be gathered. Choose modules that are called, such as those inside it."
+                )
+        return chosen
     if classes is not None or least is not None:
         return find_blocks(model, classes=classes, min_num_params=None if least is None else int(least))
     found = find_blocks(model)
@@ -86,18 +94,12 @@ def ignored_parameters(model: nn.Module, plugin: FullyShardedDataParallelPlugin)
     """Parameters that stay whole.
 
     Raises:
-        ConfigError: if one of them is trained, for its gradient would differ between processes; or if a regular
-            expression names no module.
+        ConfigError: if one of them is trained, for its gradient would differ between processes.
     """
     modules: Sequence[nn.Module]
     if isinstance(plugin.ignored_modules, str):
         pattern = re.compile(plugin.ignored_modules)
         modules = [module for name, module in model.named_modules() if pattern.fullmatch(name)]
-        if not modules:
-            raise ConfigError(
-                f"`ignored_modules={plugin.ignored_modules!r}` names no module of {type(model).__name__}. The names "
-                f"are those of `named_modules()`, such as {_some_names(model)}, and are matched in full."
-            )
     else:
         modules = tuple(plugin.ignored_modules or ())
     own = {id(parameter) for parameter in model.parameters()}
@@ -113,13 +115,54 @@ def ignored_parameters(model: nn.Module, plugin: FullyShardedDataParallelPlugin)
     return found
 
 
+def check_ignored(models: Sequence[nn.Module], plugin: FullyShardedDataParallelPlugin) -> None:
+    """Refuse settings that ignore nothing in any of the models that are prepared together.
+
+    Raises:
+        ConfigError: with names that there are.
+    """
+    if plugin.ignored_modules is None and plugin.ignored_params is None:
+        return
+    if not models or any(ignored_parameters(model, plugin) for model in models):
+        return
+    kinds = ", ".join(type(model).__name__ for model in models)
+    if isinstance(plugin.ignored_modules, str):
+        raise ConfigError(
+            f"`ignored_modules={plugin.ignored_modules!r}` names no module with parameters of {kinds}. The names are "
+            f"those of `named_modules()`, such as {_some_names(models[0])}, and are matched in full."
+        )
+    raise ConfigError(
+        f"`ignored_modules` and `ignored_params` hold no parameter of {kinds}, so everything would be sharded. Give "
+        f"those of the model that is prepared, not of a copy; several models are prepared in one call."
+    )
+
+
+def check_separate(models: Sequence[nn.Module]) -> None:
+    """Refuse models that share a parameter, which is in the shards of one of them only.
+
+    Raises:
+        ConfigError: naming it in both.
+    """
+    places: dict[int, tuple[int, str]] = {}
+    for number, model in enumerate(models):
+        for name, parameter in model.named_parameters():
+            first, known_as = places.setdefault(id(parameter), (number, name))
+            if first != number:
+                raise ConfigError(
+                    f"`{name}` of the {type(model).__name__} is `{known_as}` of the {type(models[first]).__name__}, "
+                    f"and a parameter can be in the shards of one model only. Prepare one module that holds both, "
+                    f"such as an `nn.ModuleDict`, or give each a copy."
+                )
+
+
 def check_shardable(model: nn.Module, units: Sequence[tuple[str, nn.Module]], ignored: set[nn.Parameter]) -> None:
     """Refuse what would fail at the first step.
 
     Raises:
-        ConfigError: for parameters on several devices, and for a unit that trains parameters of several dtypes, which
-            are gathered and reduced together.
+        ConfigError: for parameters on several devices, without dims, of another sharding or with sparse gradients; and
+            for a unit that trains parameters of several dtypes, which are gathered and reduced together.
     """
+    _refuse_tensors(model, ignored)
     devices: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
         if parameter not in ignored:
@@ -144,6 +187,26 @@ def check_shardable(model: nn.Module, units: Sequence[tuple[str, nn.Module]], ig
             raise ConfigError(
                 f"{unit} trains `{first}` in {other.dtype} and `{name}` in {parameter.dtype}, and the gradients of a "
                 f"unit are reduced together in one dtype. Convert one of them, or choose units that keep them apart."
+            )
+
+
+def _refuse_tensors(model: nn.Module, ignored: set[nn.Parameter]) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter not in ignored and not len(parameter.shape):
+            raise ConfigError(
+                f"`{name}` is a single number without dims, and shards are cut along the first dim. "
+                f"Make it a tensor of shape (1,), or freeze it and name it in `ignored_params`."
+            )
+        if is_sharded(parameter):
+            raise ConfigError(
+                f"`{name}` is divided over processes already ({parameter.placements} on {parameter.device_mesh}). "
+                f"Pass the model before anything of it is, and give `parallelism_config` what it should be."
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise ConfigError(
+                f"`{name}` has sparse gradients (`sparse=True`), and those of a unit are reduced together as dense "
+                f"ones. Leave `sparse` out, or freeze it."
             )
 
 

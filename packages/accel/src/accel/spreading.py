@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
 from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import DistributedDataParallelKwargs
@@ -88,6 +90,7 @@ def make_strategy(
         _refuse_nothing_to_share(process, parallelism)
         if options.mixed_precision_policy is None and precision != "no":
             options = replace(options, mixed_precision_policy=precision)
+        _refuse_other_precision(options, precision)
     _refuse_axes(made, name, shape)
     strategy: Strategy = made(process, place=place, options=options, parallelism=parallelism, dynamo=dynamo)
     return strategy
@@ -100,6 +103,19 @@ def _refuse_nothing_to_share(process: Process, parallelism: ParallelismConfig | 
             f"`fsdp_plugin` shards a model over processes, and `ParallelismConfig(dp_replicate_size="
             f"{shape.dp_replicate})` gives each a whole copy. Set `dp_shard_size={shape.dp_replicate}` instead, or "
             f"leave the plugin out."
+        )
+
+
+def _refuse_other_precision(options: FullyShardedDataParallelPlugin, precision: str) -> None:
+    """Gathering in a narrow type that the run does not compute in: float16 without loss scaling, or twice rounded."""
+    from accel_parallel.fsdp import precision_policy
+
+    computed = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(precision_policy(options).param_dtype)
+    if computed == "fp16" != precision or (computed == "bf16" and precision == "fp16"):
+        raise ConfigError(
+            f"`mixed_precision_policy={options.mixed_precision_policy!r}` computes in {computed}, and the run's "
+            f"`mixed_precision={precision!r}` decides on loss scaling and autocast. Set `mixed_precision={computed!r}` "
+            f"and leave the policy out, or give it the same type."
         )
 
 

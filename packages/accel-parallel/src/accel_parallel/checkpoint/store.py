@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from accel_parallel.checkpoint.codec import decode, encode
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, FileRecord, ItemRecord, Manifest, checksum
 from accel_parallel.checkpoint.parts import PART, StoredTensor, map_leaves
-from accel_parallel.sharded import Box
+from accel_parallel.sharded import Box, is_sharded
 from accel_state.errors import CheckpointError, ConfigError
 
 __all__ = ["Checkpoint", "Item", "sync_to_disk", "write_item"]
@@ -97,6 +97,11 @@ def write_item(folder: Path, item: Item) -> tuple[ItemRecord, dict[str, FileReco
 
 def _refuse_unstorable(item: Item, name: str, tensor: torch.Tensor) -> None:
     problem = None
+    if is_sharded(tensor):
+        raise CheckpointError(
+            f"The tensor `{name}` of `{item.name}` is divided over processes, and only models and optimizers are saved "
+            f"in parts. Let `state_dict()` return it whole, on every process, by `tensor.full_tensor()`."
+        )
     if tensor.is_meta:
         problem = "is on the meta device and has no values"
     elif tensor.layout is not torch.strided:
