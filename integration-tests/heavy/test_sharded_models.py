@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from accel import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig, Process
 from accel_state.process import ProcessSettings
@@ -50,6 +50,8 @@ def _arguments(name: str) -> dict[str, Any]:
         "cp": ParallelismConfig(cp_size=2),
         "sp": ParallelismConfig(sp_size=2),
         "tp x fsdp": ParallelismConfig(dp_shard_size=2, tp_size=2),
+        "cp x fsdp": ParallelismConfig(dp_shard_size=2, cp_size=2),
+        "cp x tp": ParallelismConfig(cp_size=2, tp_size=2),
     }
     return {"fsdp_plugin": plugins[name]} if name in plugins else {"parallelism_config": meshes[name]}
 
@@ -116,6 +118,8 @@ def _alone(kind: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         ("llama", "cp", 2),
         ("llama", "sp", 2),
         ("llama", "tp x fsdp", 4),
+        ("llama", "cp x fsdp", 4),
+        ("tied", "cp x tp", 4),
         ("lora", "fsdp", 2),
         ("lora", "recomputed", 2),
     ],
@@ -137,3 +141,27 @@ def test_a_real_model_trains_and_is_saved_as_in_one_process(
     assert found.keys() == state.keys()
     for key, value in state.items():
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-10, msg=key)
+
+
+def _loaded_for_a_mesh(folder: str) -> list[float]:
+    """The lines of the release notes: sizes, the mesh, `from_pretrained`, `prepare`."""
+    parallelism_config = ParallelismConfig(tp_size=2)
+    Process.open(ProcessSettings(mesh=parallelism_config.mesh_shape()), environment=rank_environment())
+    accelerator = Accelerator(cpu=True, parallelism_config=parallelism_config)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_mesh=accelerator.torch_device_mesh)
+    model = accelerator.prepare(model)
+    loss = model(input_ids=_tokens(0), labels=_tokens(0)).loss
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(model.parameters(), 1e9)
+    accelerator.end_training()
+    return [loss.item(), norm.item()]
+
+
+def test_a_model_that_was_loaded_for_the_mesh_is_prepared(tmp_path: Path) -> None:
+    model = _llama().float()
+    model.save_pretrained(tmp_path)
+    loss = model(input_ids=_tokens(0), labels=_tokens(0)).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    for found in run_ranks(_loaded_for_a_mesh, 2, str(tmp_path), open_process=False):
+        assert found == pytest.approx([loss.item(), norm.item()], abs=1e-5)
