@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from accel_parallel import Accumulation, Bundle, DDPStrategy, GradientAccumulationPlugin, context
 from accel_parallel.attention import SequenceParallel
-from accel_parallel.recompute import checkpoint_activations
+from accel_parallel.compilation import TorchDynamoPlugin, compile_model, is_compiled, uncompile
+from accel_parallel.recompute import checkpoint_activations, is_checkpointed
 from accel_parallel.sequence import SequenceKind
 from accel_state import ConfigError, Process
 from accel_state.testing import run_ranks
@@ -356,6 +357,37 @@ def train_compiled(kind: SequenceKind) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_models_exchange_too(kind: SequenceKind) -> None:
     for found in run_ranks(train_compiled, 2, kind):
+        assert_same(found, reference(16, {})[2:])
+
+
+def train_compiled_and_recomputed(kind: SequenceKind) -> list[torch.Tensor]:
+    sequence, model, ids = sequence_parallel(kind), network(), tokens(16)
+    sequence.attach(model)
+    undo = checkpoint_activations(model)
+    with pytest.raises(ConfigError, match=r"`Net` was to be compiled as a whole.*use_regional_compilation=True"):
+        compile_model(model, TorchDynamoPlugin(backend="aot_eager"))
+    compile_model(model, TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=True))
+    assert is_checkpointed(model.blocks[0])
+    batch = sequence.shard({"input_ids": ids, "labels": ids})
+    part, labels = (batch["input_ids"], batch["position_ids"]), batch["shift_labels"]
+    loss_sum(model(*part), labels).backward()
+    found = [gradient.clone() for gradient in gradients(model)]
+    for each in found:
+        torch.distributed.all_reduce(each)
+    uncompile(model)
+    assert not is_compiled(model)
+    undo()
+    model.zero_grad()
+    loss_sum(model(*part), labels).backward()
+    for gradient in gradients(model):
+        torch.distributed.all_reduce(gradient)
+    assert_same(gradients(model), found)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_compiled_and_recomputed_exchange_too(kind: SequenceKind) -> None:
+    for found in run_ranks(train_compiled_and_recomputed, 2, kind):
         assert_same(found, reference(16, {})[2:])
 
 

@@ -23,7 +23,7 @@ from accel_parallel.sequence import SequenceKind, SequenceLayout, shard_sequence
 from accel_parallel.ulysses import attend_by_heads
 from accel_state.errors import ConfigError
 
-__all__ = ["SequenceParallel"]
+__all__ = ["SequenceParallel", "exchanges"]
 
 _ATTENTION = functional.scaled_dot_product_attention
 _HEADS = functional.multi_head_attention_forward
@@ -356,6 +356,11 @@ class _Calls(threading.local):
         """Whether the attention that runs is the one over all ranks."""
         self.ends_in_padding = False
         """Whether the mask of the outermost forward says so."""
+
+
+def exchanges(module: nn.Module) -> bool:
+    """Whether attention in this part of a model reaches over the tokens of other ranks."""
+    return is_replaced(module, _KIND)
 
 
 def _may_attend(module: nn.Module) -> bool:

@@ -6,15 +6,17 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
+from accel_parallel.attention import exchanges
 from accel_parallel.blocks import find_blocks, outermost
 from accel_parallel.forwards import Forward, dress, forward_of, is_replaced, replace_forward, restore_forward
-from accel_parallel.recompute import CACHE_ARGUMENTS, is_checkpointed, without_cache
+from accel_parallel.recompute import CACHE_ARGUMENTS, is_checkpointed, recompute_instead, without_cache
 from accel_state.errors import ConfigError
 
 __all__ = [
@@ -101,6 +103,12 @@ def compile_model(model: nn.Module, plugin: TorchDynamoPlugin, *, sharded: bool 
             f"its units run uncompiled and would cut the graph at each of them. Leave it out, or set it to true."
         )
     _refuse_twice(model)
+    if any(is_checkpointed(module) and exchanges(module) for module in model.modules()):
+        raise ConfigError(
+            f"`{type(model).__name__}` was to be compiled as a whole, and in its blocks, whose activations are "
+            f"checkpointed, attention exchanges tokens between ranks: its graph would end inside what is to be "
+            f"recomputed, which dynamo does not take. Set `use_regional_compilation=True`, or leave one of the two out."
+        )
     inner = forward_of(model)
     replace_forward(model, _KIND, _compiled(_with_own_code(inner), plugin.arguments()), inner)
 
@@ -133,8 +141,7 @@ def compile_regions(model: nn.Module, blocks: Iterable[tuple[str, nn.Module]] | 
     for _, block in found:
         alike[forward_of(block)].append(block)
     for inner, members in alike.items():
-        function = _with_variable_numbers(inner) if _numbers_differ(members) else inner
-        outer = _without_caches(_compiled(_with_own_code(function), arguments), inner, is_checkpointed(members[0]))
+        outer = _compiled_block(inner, members, arguments)
         for block in members:
             replace_forward(block, _KIND, outer, inner)
 
@@ -168,6 +175,20 @@ def _compiled(function: Forward, arguments: dict[str, Any]) -> Forward:
             f"Change these settings of the compilation."
         ) from error
     return compiled
+
+
+def _compiled_block(inner: Forward, members: Sequence[nn.Module], arguments: dict[str, Any]) -> Forward:
+    """What all of `members`, whose forward is `inner`, are to run."""
+
+    def compiled(inner: Forward, *, recomputes: bool) -> Forward:
+        function = _with_variable_numbers(inner) if _numbers_differ(members) else inner
+        return _without_caches(_compiled(_with_own_code(function), arguments), inner, recomputes)
+
+    recomputes = is_checkpointed(members[0])
+    if recomputes and exchanges(members[0]):
+        # Graphs end at an exchange, and dynamo takes none that ends inside of what it is to recompute.
+        return recompute_instead(inner, partial(compiled, recomputes=False))
+    return compiled(inner, recomputes=recomputes)
 
 
 def _with_own_code(function: Forward) -> Forward:

@@ -15,9 +15,11 @@ from accel_parallel.blocks import find_blocks, outermost
 from accel_parallel.forwards import Forward, dress, forward_of, is_replaced, replace_forward, restore_forward
 from accel_state.errors import ConfigError
 
-__all__ = ["CACHE_ARGUMENTS", "checkpoint_activations", "is_checkpointed", "without_cache"]
+__all__ = ["CACHE_ARGUMENTS", "checkpoint_activations", "is_checkpointed", "recompute_instead", "without_cache"]
 
 _KIND = "recomputed"
+_RECOMPUTED = "accel_recomputed"
+"""Attribute of a forward that recomputes: what it calls, and what of that is kept."""
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 """Names under which blocks are handed a cache of keys and values, into which each of them writes."""
@@ -80,6 +82,12 @@ def is_checkpointed(module: nn.Module) -> bool:
     return is_replaced(module, _KIND)
 
 
+def recompute_instead(forward: Forward, change: Callable[[Forward], Forward]) -> Forward:
+    """A forward that recomputes ``change(inner)`` as `forward`, of a block that is checkpointed, does `inner`."""
+    inner, save = getattr(forward, _RECOMPUTED)
+    return _recomputing(change(inner), save)
+
+
 def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a block without the cache that it would write into.
 
@@ -124,6 +132,7 @@ def _recomputing(inner: Forward, save: str) -> Forward:
         return checkpoint(_call, inner, self, args, kwargs, use_reentrant=False, **options)
 
     dress(forward, inner)
+    setattr(forward, _RECOMPUTED, (inner, save))
     return forward
 
 
