@@ -145,12 +145,19 @@ def _name(parallelism: ParallelismConfig) -> str:
     return str(parallelism.mesh_shape())
 
 
-@pytest.mark.parametrize("parallelism", _MESHES, ids=_name)
+_MANY = pytest.mark.matrix
+
+
+@pytest.mark.parametrize(
+    "parallelism",
+    [pytest.param(each, marks=[_MANY] if index in (4, 6, 7, 8) else []) for index, each in enumerate(_MESHES)],
+    ids=_name,
+)
 def test_ten_steps_equal_those_of_one_process(parallelism: ParallelismConfig) -> None:
     _compare(parallelism, None)
 
 
-@pytest.mark.parametrize("parallelism", [_MESHES[3], _MESHES[5]], ids=_name)
+@pytest.mark.parametrize("parallelism", [pytest.param(_MESHES[3], marks=_MANY), _MESHES[5]], ids=_name)
 def test_recomputing_and_offloading_change_nothing(parallelism: ParallelismConfig) -> None:
     _compare(parallelism, FullyShardedDataParallelPlugin(activation_checkpointing=True, cpu_offload=True))
 

@@ -17,7 +17,14 @@ def test_every_registered_strategy_is_tried() -> None:
     assert WORLDS.keys() == BUILT_IN.keys()
 
 
-@pytest.mark.parametrize(("name", "world_size"), [(name, size) for name, sizes in WORLDS.items() for size in sizes])
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [
+        pytest.param(name, size, marks=[pytest.mark.matrix] if name == "fsdp" and size != sizes[0] else [])
+        for name, sizes in WORLDS.items()
+        for size in sizes
+    ],
+)
 def test_the_contract_holds(name: str, world_size: int) -> None:
     check_contract(name, world_sizes=[world_size])
 

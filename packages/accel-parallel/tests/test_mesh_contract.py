@@ -17,7 +17,7 @@ FEW = [BY_NAME[name] for name in ("mean", "items", "items, skipped")]
     "parallelism",
     [
         ParallelismConfig(dp_replicate_size=2, dp_shard_size=2),
-        ParallelismConfig(dp_replicate_size=2),
+        pytest.param(ParallelismConfig(dp_replicate_size=2), marks=pytest.mark.matrix),
     ],
     ids=["copies of shards", "copies"],
 )
@@ -28,8 +28,11 @@ def test_the_contract_holds_on_a_mesh(parallelism: ParallelismConfig) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        FullyShardedDataParallelPlugin(reshard_after_forward=False, auto_wrap_policy="no_wrap"),
-        FullyShardedDataParallelPlugin(cpu_offload=True, min_num_params=20),
+        pytest.param(
+            FullyShardedDataParallelPlugin(reshard_after_forward=False, auto_wrap_policy="no_wrap"),
+            marks=pytest.mark.matrix,
+        ),
+        pytest.param(FullyShardedDataParallelPlugin(cpu_offload=True, min_num_params=20), marks=pytest.mark.matrix),
         FullyShardedDataParallelPlugin(activation_checkpointing=True, transformer_cls_names_to_wrap=["Linear"]),
     ],
     ids=["not resharded", "offloaded", "recomputed"],

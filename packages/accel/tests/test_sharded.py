@@ -133,7 +133,14 @@ def _check(answers: list[dict[str, Any]], alone: dict[str, Any], epochs: int) ->
                 torch.testing.assert_close(value, alone["state"][name], rtol=0, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("setting", SETTINGS[1:], ids=lambda setting: setting.name)
+_MANY = pytest.mark.matrix
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(each, marks=[_MANY] if each.name in ("ddp", "fsdp alone", "tp") else []) for each in SETTINGS[1:]],
+    ids=lambda setting: setting.name,
+)
 def test_one_script_trains_alike_however_it_is_spread(setting: Setting, tmp_path: Path, alone: dict[str, Any]) -> None:
     answers = _run(setting, tmp_path, 3)
     _check(answers, alone, 3)
@@ -148,11 +155,11 @@ BY_NAME = {setting.name: setting for setting in SETTINGS}
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("fsdp", "one process"),
+        pytest.param("fsdp", "one process", marks=_MANY),
         ("fsdp", "tp x fsdp"),
         ("ddp", "fsdp"),
-        ("tp x fsdp", "ddp"),
-        ("fsdp, whole states", "hsdp"),
+        pytest.param("tp x fsdp", "ddp", marks=_MANY),
+        pytest.param("fsdp, whole states", "hsdp", marks=_MANY),
         ("hsdp", "fsdp, whole states"),
     ],
 )
