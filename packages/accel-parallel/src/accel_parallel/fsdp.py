@@ -30,7 +30,9 @@ from accel_parallel.fsdp_units import (
     ignored_parameters,
     plan_units,
 )
+from accel_parallel.fsdp_usage import Usage
 from accel_parallel.mesh import Mesh
+from accel_parallel.naming import parameter_names
 from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.recompute import checkpoint_activations
 from accel_parallel.sharded import in_memory, is_sharded, like, local_of, part_of, total_norm, whole
@@ -95,6 +97,7 @@ class FSDPStrategy(SingleStrategy):
         """Models, by identity, that keep their gradients local for now."""
         self._sharded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         """Models that were prepared."""
+        self._usage: weakref.WeakKeyDictionary[Optimizer, Usage] = weakref.WeakKeyDictionary()
 
     @property
     def average_size(self) -> int:
@@ -186,7 +189,13 @@ class FSDPStrategy(SingleStrategy):
         # What a forward without a backward gathered would be old afterwards, and the next forward would take it.
         for model in self._sharded:
             _reshard(model)
+        if self.process.topology.world_size > 1 and closure is None:  # a closure has not run backward yet
+            usage = self._usage.setdefault(optimizer, Usage())
+            usage.observe(optimizer, names=self._parameter_names, process=self.process)
         return super().step(optimizer, scaler=scaler, closure=closure)
+
+    def _parameter_names(self) -> dict[torch.Tensor, str]:
+        return parameter_names([(type(model).__name__.removeprefix("FSDP"), model) for model in self._sharded])
 
     def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         _reshard(self.unwrap(model))
