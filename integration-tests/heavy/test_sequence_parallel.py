@@ -109,8 +109,11 @@ def train(kind: SequenceKind, cases: list[Case]) -> list[list[torch.Tensor]]:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         sequence.attach(model)
         batch = sequence.shard(batch_of(length, real))
-        logits = model(**batch).logits
+        output = model(**batch)
+        logits = output.logits
         loss = loss_of(logits, batch["shift_labels"])
+        mean = loss.detach() / (batch["shift_labels"] != IGNORED_LABEL).sum()
+        torch.testing.assert_close(output.loss.double(), mean, rtol=1e-5, atol=0)  # computed in float32 by the model
         loss.backward()
         sums = [loss.detach(), *gradients(model)]
         for each in sums:
@@ -144,6 +147,8 @@ def evaluate_with_the_models_loss(kind: SequenceKind) -> list[torch.Tensor]:
             logits=output.logits, labels=None, shift_labels=batch["shift_labels"], vocab_size=VOCABULARY,
             num_items_in_batch=torch.tensor(1),
         )  # fmt: skip
+        by_model = model(**batch, num_items_in_batch=torch.tensor(1)).loss
+        assert torch.equal(by_model, loss)
     torch.distributed.all_reduce(loss)
     return [sequence.unshard(output.logits), loss]
 

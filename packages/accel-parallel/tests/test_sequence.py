@@ -140,6 +140,7 @@ def test_where_nobody_shares_a_sequence_the_names_are_the_same() -> None:
     batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
     alone = shard_sequence(batch, None)
     parts = shards(batch, "context", 2)
+    assert torch.equal(alone.pop("labels"), tokens)  # as they were: a model shifts them itself, of one sequence
     assert list(alone) == list(parts[0])
     for name, value in alone.items():
         assert torch.equal(value, whole(parts, name, "context")[:, :13])

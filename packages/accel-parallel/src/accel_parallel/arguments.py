@@ -103,7 +103,12 @@ class CallAdapter:
                 f"`{self._name}.forward` takes no `position_ids`, so each rank would count its own tokens from 0. "
                 f"Use a model that takes them."
             )
-        self._shifts = getattr(model, "loss_type", "") in (None, "ForCausalLM")
+        loss_type = getattr(model, "loss_type", "")
+        self._shifts = loss_type in (None, "ForCausalLM")
+        calls = getattr(inspect.unwrap(model.forward), "__code__", None)
+        by_default = loss_type is None and calls is not None and "loss_function" in calls.co_names  # as GPT-2
+        takes_labels = self._open and "labels" in self._accepts
+        self._computes_loss = takes_labels and (loss_type == "ForCausalLM" or by_default)
 
     def adapt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
         """Every rank must call this. Arguments for the part of a sequence, and whether it ends in padding.
@@ -121,6 +126,8 @@ class CallAdapter:
         if not isinstance(tokens, torch.Tensor):
             return args, given, False
         self._refuse(given)
+        if self._computes_loss and given.get("labels") is None and given.get("shift_labels") is not None:
+            given["labels"] = given["shift_labels"]  # asks for the loss, which is then computed from the other
         batch, length = tokens.shape[:2]
         ends_in_padding = False
         mask = given.get("attention_mask")

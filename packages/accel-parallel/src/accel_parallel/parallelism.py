@@ -56,7 +56,8 @@ class ParallelismConfig:
     """How modules are divided along ``tp``, by pattern of their names; ``None`` takes the plan that the model
     brings."""
     loss_parallel: bool = False
-    """Whether a tensor-parallel output layer leaves logits divided by vocabulary, for a loss that takes them so."""
+    """Whether a tensor-parallel output layer leaves logits divided by vocabulary. Compute the loss, a model's own too,
+    inside `with loss_parallel():`, where ``cross_entropy`` takes them so."""
 
     def __post_init__(self) -> None:
         self.mesh_shape()

@@ -134,7 +134,7 @@ def shard_sequence(
     Args:
         batch: tensors by name, and anything else.
         layout: who holds what. ``None``, where nobody shares a sequence, cuts nothing and gives the same names, so that
-            a loop runs alike in any world.
+            a loop runs alike in any world; ``labels`` stay there too, for a model that computes its own loss.
         causal: whether a token attends to earlier ones only. ``False`` keeps ``labels`` in place, cut, and refuses
             padding, which the other tokens would attend to.
         pad: ``False`` refuses a length that cannot be divided, instead of padding it.
@@ -153,7 +153,7 @@ def shard_sequence(
     whole = dict(batch)
     if causal:
         _check_causal(whole)
-        labels = whole.pop("labels", None)
+        labels = whole.get("labels") if layout is None else whole.pop("labels", None)
         if isinstance(labels, torch.Tensor) and whole.get("shift_labels") is None:
             whole["shift_labels"] = functional.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
     shard: dict[str, Any] = {}
