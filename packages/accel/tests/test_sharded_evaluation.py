@@ -139,3 +139,29 @@ def test_clipping_gathered_copies_is_refused() -> None:
     for message in run_ranks(clipped_after_a_forward, 2):
         assert message.startswith("4 of the 8 parameters")
         assert "Clip right after `backward`" in message
+
+
+def evaluated_with_statistics(plugin: FullyShardedDataParallelPlugin | None) -> list[float]:
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(6)
+    model = nn.Sequential(nn.Linear(4, 6), norm, nn.Linear(6, 1)).double()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    found = []
+    for step in range(2):
+        for micro in range(2):
+            optimizer.zero_grad()
+            accelerator.backward(loss_of(model, 10 * step + micro, accelerator.process_index))
+            optimizer.step()
+        model.eval()
+        found.append(loss_of(model, 50, 0).item())
+        model.train()
+    norm.eval()  # frozen from here on
+    found.append(loss_of(model, 51, 0).item())
+    return found
+
+
+def test_every_rank_evaluates_with_the_statistics_of_rank_0() -> None:
+    first, second = run_ranks(evaluated_with_statistics, 2, FullyShardedDataParallelPlugin())
+    assert first == pytest.approx(run_ranks(evaluated_with_statistics, 2, None)[0], rel=1e-10)  # as under DDP
+    assert second == pytest.approx(first, rel=1e-10)

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from accel_parallel.axes import ModelAxes
 from accel_parallel.clip import check_clip, clip_to_norm_, gradients_of
 from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.fsdp_statistics import share_statistics
 from accel_parallel.fsdp_units import (
     check_ignored,
     check_separate,
@@ -146,6 +147,7 @@ class FSDPStrategy(SingleStrategy):
                 source.before(chain(model.named_parameters(), model.named_buffers()), model)
             self.model_axes.apply(model, division)
             self._shard(model, units, ignored, source)
+            share_statistics(model)
             model.register_forward_hook(_reshard_unless_training)
             self._sharded.add(model)
         sharded = [dict(model.named_parameters()) for model in bundle.models]
