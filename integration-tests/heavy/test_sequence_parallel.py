@@ -19,6 +19,11 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 
+BART = {
+    "vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+}  # fmt: skip
+
 
 def config(name: str) -> Any:
     import transformers
@@ -244,6 +249,9 @@ def attach_wrongly() -> list[str]:
         lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=4)),
         lambda: model(num_attention_heads=1, num_key_value_heads=1),
         lambda: model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
+        lambda: transformers.RobertaModel(transformers.RobertaConfig(**SIZES)),
+        lambda: transformers.BartModel(transformers.BartConfig(**BART)),
+        lambda: transformers.BartForCausalLM(transformers.BartConfig(**BART, is_encoder_decoder=False)),
     ):
         with pytest.raises(ConfigError) as caught:
             sequence.attach(build())
@@ -252,7 +260,10 @@ def attach_wrongly() -> list[str]:
 
 
 def test_models_that_cannot_be_divided_are_refused_at_once() -> None:
-    expected = ["attn_implementation='eager'", "sliding_attention", "sliding", "has 1 head(s)", "rope_type='dynamic'"]
+    expected = [
+        "attn_implementation='eager'", "sliding_attention", "sliding", "has 1 head(s)", "rope_type='dynamic'",
+        "counts positions from 2 on", "`is_encoder_decoder=True`", "takes no `position_ids`",
+    ]  # fmt: skip
     for messages in run_ranks(attach_wrongly, 2):
         for message, part in zip(messages, expected, strict=True):
             assert part in message

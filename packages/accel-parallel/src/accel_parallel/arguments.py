@@ -39,6 +39,8 @@ def check_model(model: nn.Module, layout: SequenceLayout, *, tp_size: int) -> No
         heads = getattr(config, "num_attention_heads", None)
         if layout.kind == "ulysses" and isinstance(heads, int):
             check_heads(heads // tp_size, layout.size, what=f"`{name}`")
+    if hasattr(getattr(model, "config", None), "_attn_implementation"):
+        _check_positions(model, name)
     if layout.kind == "ulysses":
         for key, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
@@ -54,7 +56,23 @@ def _configs(model: nn.Module) -> Iterator[Any]:
             yield config
 
 
+def _check_positions(model: nn.Module, name: str) -> None:
+    """Refuse embeddings of positions that count tokens in sight, and leave out padding, as RoBERTa's do."""
+    for key, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in key and module.padding_idx is not None:
+            raise ConfigError(
+                f"`{name}` counts positions from {module.padding_idx + 1} on, over tokens that are no padding "
+                f"(`{key}` has `padding_idx={module.padding_idx}`), and each rank sees its own tokens only. Use a model "
+                f"that takes positions from 0, or prepare it without `cp_size` and `sp_size`."
+            )
+
+
 def _check_config(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"`{name}` has an encoder and a decoder (`is_encoder_decoder=True`), two sequences of which one attends to "
+            f"the other, and one sequence is what is divided. Prepare it without `cp_size` and `sp_size`."
+        )
     implementation = config._attn_implementation
     if implementation != "sdpa":
         raise ConfigError(
@@ -81,6 +99,12 @@ def _check_config(config: Any, name: str) -> None:
         )
 
 
+def _take_positions(model: nn.Module) -> bool:
+    """Whether a model inside, to which a wrapper hands any arguments, names positions: others may drop them."""
+    inside = (each for each in model.modules() if hasattr(each, "get_input_embeddings") and each is not model)
+    return any("position_ids" in inspect.signature(each.forward).parameters for each in inside)
+
+
 class CallAdapter:
     """Rewrites the arguments of one model's forward. Holds no state of a call."""
 
@@ -98,7 +122,7 @@ class CallAdapter:
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self._accepts = {each.name for each in parameters if each.kind in named}
         self._variadic = any(each.kind is each.VAR_POSITIONAL for each in parameters)
-        if not self._open and "position_ids" not in self._accepts:
+        if "position_ids" not in self._accepts and not (self._open and _take_positions(model)):
             raise ConfigError(
                 f"`{self._name}.forward` takes no `position_ids`, so each rank would count its own tokens from 0. "
                 f"Use a model that takes them."
