@@ -87,6 +87,8 @@ def plan_tensor_parallel(
         )
     targets = _Targets(model)
     matched, unmatched = match_plan(patterns, list(targets.names), strict=origin == "given")
+    if not matched:
+        raise ConfigError(_no_plan_for(model, unmatched))
     modules: dict[str, Style] = {}
     values: dict[str, Style] = {}
     for name, style in matched.items():
@@ -225,6 +227,16 @@ def _no_match(pattern: str, names: Sequence[str]) -> str:
     return (
         f"'{pattern}' in the tensor-parallel plan matches nothing in the model.{hint} Correct the name (`*` stands for "
         f"one component), or leave it out."
+    )
+
+
+def _no_plan_for(model: nn.Module, patterns: Sequence[str]) -> str:
+    name = type(model).__name__
+    inside = f"as inside a wrapper, such as one of peft, whose own matrices `{patterns[0]}` says nothing of"
+    return (
+        f"None of the {len(patterns)} patterns of the tensor-parallel plan that {name} brings matches, since its modules "
+        f"are called otherwise, {inside}. Divide the model that is wrapped, without the wrapper; or give `tp_plan` with "
+        f"the names of this one; or shard it (`dp_shard_size`) instead."
     )
 
 
