@@ -243,7 +243,7 @@ def test_nothing_to_divide() -> None:
 def test_a_plan_whose_names_a_wrapper_has_changed_is_refused() -> None:
     wrapper: Any = nn.ModuleDict({"base_model": Model()})
     wrapper.tp_plan = PLAN
-    with pytest.raises(ConfigError, match=r"None of the \d+ patterns of .* ModuleDict brings.*wrapper.*`dp_shard_size`"):
+    with pytest.raises(ConfigError, match=r"None of the \d+ patterns.*ModuleDict brings.*wrapper.*`dp_shard_size`"):
         plan_tensor_parallel(wrapper, tp_size=2)
 
 

@@ -62,8 +62,8 @@ def _check_positions(model: nn.Module, name: str) -> None:
         if isinstance(module, nn.Embedding) and "position" in key and module.padding_idx is not None:
             raise ConfigError(
                 f"`{name}` counts positions from {module.padding_idx + 1} on, over tokens that are no padding "
-                f"(`{key}` has `padding_idx={module.padding_idx}`), and each rank sees its own tokens only. Use a model "
-                f"that takes positions from 0, or prepare it without `cp_size` and `sp_size`."
+                f"(`{key}` has `padding_idx={module.padding_idx}`), and each rank sees its own tokens only. Use a "
+                f"model that takes positions from 0, or prepare it without `cp_size` and `sp_size`."
             )
 
 
