@@ -141,6 +141,22 @@ def test_clipping_gathered_copies_is_refused() -> None:
         assert "Clip right after `backward`" in message
 
 
+def optimizer_after_a_forward() -> str:
+    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin())
+    model = accelerator.prepare(network())
+    evaluate(model, "train", accelerator.process_index)
+    with pytest.raises(ConfigError, match="4 of the 8 parameters of the SGD") as caught:
+        accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    evaluate(model, "eval", accelerator.process_index)
+    accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    return str(caught.value)
+
+
+def test_an_optimizer_of_gathered_copies_is_refused() -> None:
+    for message in run_ranks(optimizer_after_a_forward, 2):
+        assert "nothing would be trained. Make the optimizer before the forward" in message
+
+
 def evaluated_with_statistics(plugin: FullyShardedDataParallelPlugin | None) -> list[float]:
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     torch.manual_seed(0)

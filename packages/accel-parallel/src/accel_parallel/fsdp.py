@@ -142,6 +142,8 @@ class FSDPStrategy(SingleStrategy):
             for index, model in enumerate(bundle.models)
             for name, parameter in model.named_parameters()
         }
+        for optimizer in bundle.optimizers:
+            _refuse_gathered(optimizer, places)
         for model, units, ignored, division in plans:
             if division is not None:
                 source.before(chain(model.named_parameters(), model.named_buffers()), model)
@@ -436,6 +438,17 @@ def _only_shards(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
             f"Clip right after `backward`; evaluate under `torch.no_grad()` or after `model.eval()`."
         )
     return given
+
+
+def _refuse_gathered(optimizer: Optimizer, given: Mapping[Any, object]) -> None:
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    odd = [each for each in parameters if each.requires_grad and each not in given and not is_sharded(each)]
+    if odd:
+        raise ConfigError(
+            f"{len(odd)} of the {len(parameters)} parameters of the {type(optimizer).__name__}, the first of shape "
+            f"{tuple(odd[0].shape)}, are gathered copies, which a model shows between a forward and its backward, so "
+            f"that nothing would be trained. Make the optimizer before the forward, best before `prepare`."
+        )
 
 
 def _follow(optimizer: Optimizer, successors: Mapping[torch.Tensor, torch.Tensor]) -> None:
