@@ -415,7 +415,8 @@ class Accelerator(ProcessView):
         """Scale the gradients so that their common norm is at most `max_norm`. Every rank must call this.
 
         Returns the norm before, which is that of a single process on the whole window. Inside a window, before its
-        last micro-batch, nothing is clipped and the norm is that of the sum so far.
+        last micro-batch, nothing is clipped and the norm is that of the sum so far; zero under FSDP with
+        ``sync_each_batch=False``, which shows no gradient until then.
         """
         return self._engine.clip_grad_norm_(parameters, max_norm, norm_type)
 
@@ -449,7 +450,10 @@ class Accelerator(ProcessView):
         self._saving.register(objects)
 
     def register_save_state_pre_hook(self, hook: SaveHook) -> None:
-        """Call ``hook(models, weights, folder)`` before each save; it may change the weights in place."""
+        """Call ``hook(models, weights, folder)`` before each save; it may change the weights in place.
+
+        Weights that are saved in parts, as by FSDP unless ``FULL_STATE_DICT``, say only where these lie.
+        """
         self._saving.save_hooks.append(hook)
 
     def register_load_state_pre_hook(self, hook: LoadHook) -> None:
