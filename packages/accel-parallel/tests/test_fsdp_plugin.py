@@ -68,6 +68,10 @@ def test_settings_of_fsdp1_become_their_successors(given: dict[str, Any], expect
         ({"cpu_ram_efficient_loading": True, "weights_path": "a"}, "Give one of them"),
         ({"cpu_ram_efficient_loading": True, "sync_module_states": False}, "Set `sync_module_states=True`"),
         ({"ignored_modules": "("}, "is no regular expression"),
+        ({"ignored_params": 5}, "Give a list"),
+        ({"activation_checkpointing": "false"}, "`activation_checkpointing='false'` is neither true nor false"),
+        ({"min_num_params": "1e6"}, "`min_num_params='1e6'` is no number"),
+        ({"weights_path": ""}, "`weights_path=''` is no path"),
     ],
 )
 def test_what_means_nothing_is_refused_with_the_remedy(given: dict[str, Any], message: str) -> None:

@@ -42,7 +42,9 @@ def test_another_world_is_refused_with_sizes_that_fit(given: dict[str, int], wor
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tp_size": 0}, "`tp=0` is not a number of processes"),
+        ({"tp_size": 0}, "`tp_size=0` is not a number of processes"),
+        ({"dp_shard_size": "2"}, "`dp_shard_size='2'` is not a number of processes"),
+        ({"tp_size": 2, "tp_plan": "colwise"}, "`tp_plan='colwise'` is no plan"),
         ({"cp_size": 2, "sp_size": 2}, "two ways"),
         ({"cp_backend": "torch"}, "has no effect with `cp_size=1`"),
         ({"cp_size": 2, "cp_handler": TorchContextParallelConfig()}, "which has no options"),

@@ -22,6 +22,10 @@ __all__ = ["FullyShardedDataParallelPlugin", "StateDictType", "WrapPolicy"]
 WrapPolicy = Literal["auto", "transformer_based_wrap", "size_based_wrap", "no_wrap"]
 StateDictType = Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
 _PRECISIONS = ("no", "fp32", "bf16", "fp16")
+_SWITCHES = (
+    "cpu_offload", "activation_checkpointing", "cpu_ram_efficient_loading", "sync_module_states", "forward_prefetch",
+    "hybrid",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +93,7 @@ class FullyShardedDataParallelPlugin:
     """Whether FSDP1's hybrid strategy was asked for: shards within a node, copies over nodes."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in translate(given).items():
             object.__setattr__(self, name, value)
@@ -119,6 +124,22 @@ class FullyShardedDataParallelPlugin:
                     f"`ignored_modules={self.ignored_modules!r}` is no regular expression ({error}). "
                     f"Give one that names modules in full, or the modules themselves."
                 ) from None
+
+    def _check_types(self) -> None:
+        """Words such as "false", from a file of settings, would all count as true."""
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"`{name}={value!r}` is neither true nor false. Give True or False.")
+        least = self.min_num_params
+        if least is not None and (isinstance(least, bool) or not isinstance(least, (int, float))):
+            raise ConfigError(f"`min_num_params={least!r}` is no number of parameters. Give a positive number.")
+        if not isinstance(self.weights_path, (str, Path, type(None))) or not str(self.weights_path):
+            raise ConfigError(f"`weights_path={self.weights_path!r}` is no path. Give that of a file or a folder.")
+        for name in ("ignored_modules", "ignored_params"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Iterable):
+                raise ConfigError(f"`{name}={value!r}` is one {type(value).__name__}. Give a list, of one at least.")
 
     def _check_choice(self, name: str, value: object, known: Sequence[str]) -> None:
         if value not in known:

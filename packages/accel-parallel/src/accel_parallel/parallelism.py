@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -60,7 +61,18 @@ class ParallelismConfig:
     inside `with loss_parallel():`, where ``cross_entropy`` takes them so."""
 
     def __post_init__(self) -> None:
-        self.mesh_shape()
+        for name in _SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(
+                    f"`{name}={value!r}` is not a number of processes: an axis holds at least one. Give a positive "
+                    f"integer, or leave it out for 1."
+                )
+        if self.tp_plan is not None and not isinstance(self.tp_plan, Mapping):
+            raise ConfigError(
+                f"`tp_plan={self.tp_plan!r}` is no plan. Give a dict with a style for each pattern of module names, or "
+                f"leave it out for the plan that the model brings."
+            )
         for name, value, known in (
             ("cp_backend", self.cp_backend, get_args(ContextBackend)),
             ("sp_backend", self.sp_backend, get_args(SequenceBackend)),
