@@ -235,8 +235,8 @@ def _no_plan_for(model: nn.Module, patterns: Sequence[str]) -> str:
     inside = f"as inside a wrapper, such as one of peft, whose own matrices `{patterns[0]}` says nothing of"
     return (
         f"None of the {len(patterns)} patterns of the tensor-parallel plan that {name} brings matches: its modules are "
-        f"called otherwise, {inside}. Divide the model that is wrapped, without the wrapper; or give `tp_plan` with the "
-        f"names of this one; or shard it (`dp_shard_size`) instead."
+        f"called otherwise, {inside}. Divide the model that is wrapped, without the wrapper; or give `tp_plan` with "
+        f"the names of this one; or shard it (`dp_shard_size`) instead."
     )
 
 
