@@ -187,6 +187,10 @@ def test_the_norm_of_plain_tensors_is_that_of_torch(norm_type: float) -> None:
     assert total_norm([], norm_type) == 0
 
 
+def test_a_norm_of_narrow_gradients_is_wide() -> None:
+    assert total_norm([torch.ones(3, dtype=torch.bfloat16)], 2.0).dtype is torch.float32
+
+
 def _norms(norm_types: list[float]) -> list[float]:
     strategy = FSDPStrategy(Process.current())
     model = _net().double()
@@ -273,6 +277,9 @@ def _local_then_exchanged() -> tuple[bool, dict[str, torch.Tensor]]:
         loss = _loss(model, 10 + rank)
         with strategy.sync_in_backward(model):
             strategy.backward(loss)
+        before = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+        strategy.backward(_loss(model, 40 + rank))  # the outer block goes on
+        kept &= all(torch.equal(before[n], whole(p.grad)) for n, p in model.named_parameters() if p.grad is not None)
     with strategy.sync_in_backward(model):  # nothing is kept here, and nothing must be afterwards
         strategy.backward(_loss(model, 20 + rank))
     strategy.backward(_loss(model, 30 + rank))
@@ -281,7 +288,7 @@ def _local_then_exchanged() -> tuple[bool, dict[str, torch.Tensor]]:
 
 def test_gradients_kept_local_are_exchanged_with_the_next_ones() -> None:
     model = _net().double()
-    for seed in (0, 1, 10, 11, 20, 21, 30, 31):
+    for seed in (0, 1, 10, 11, 20, 21, 30, 31, 40, 41):
         (_loss(model, seed) / 2).backward()
     wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
     for kept, gradients in run_ranks(_local_then_exchanged, 2):
