@@ -124,7 +124,15 @@ def _provoke(case: str) -> None:
         Accelerator(cpu=True, parallelism="auto", fsdp_plugin=FullyShardedDataParallelPlugin())
     if case == "lengths":
         AutoParallelism(sequence_length=3, example_inputs=torch.zeros(1))
+    if case == "half a sample":
+        AutoParallelism(batch_size=2.5)  # type: ignore[arg-type]
+    if case == "no tokens":
+        AutoParallelism(sequence_length=0)
+    if case == "no memory":
+        AutoParallelism(reserve=1.0)
     accelerator = Accelerator(cpu=True, parallelism="auto")
+    if case == "nothing to look at":
+        accelerator.prepare(_net(), DataLoader(TensorDataset(torch.zeros(0, _WIDTH)), batch_size=2))
     if case == "no loader":
         accelerator.prepare(_net())
     if case == "stream":
@@ -143,6 +151,10 @@ def _provoke(case: str) -> None:
         ("word", r"`parallelism='fastest'` is not known\. Use 'auto'"),
         ("twice", r"chooses how the run is spread, and `fsdp_plugin` says it already"),
         ("lengths", "Give one of them"),
+        ("half a sample", r"`batch_size=2\.5` is no number of samples\. Give a positive integer"),
+        ("no tokens", "`sequence_length=0` is no number of tokens"),
+        ("no memory", r"`reserve=1\.0` is no part of a device's memory"),
+        ("nothing to look at", r"the dataset of the loader is empty\. Give it samples"),
         ("no loader", r"how many samples a process computes at once.*AutoParallelism\(batch_size=\.\.\.\)"),
         ("stream", r"read by index.*example_inputs"),
         ("two models", "plans for one model, and 2 are prepared"),
@@ -152,3 +164,22 @@ def _provoke(case: str) -> None:
 def test_what_cannot_be_planned_is_refused_with_the_remedy(case: str, message: str) -> None:
     (found,) = run_ranks(_refused, 1, case, open_process=False)
     assert re.search(message, found), found
+
+
+def _plan_twice() -> str:
+    process = Process.open(environment=rank_environment())
+    hardware = replace(detect_hardware(process.topology, "cpu"), memory_bytes=1_200_000)
+    for request in (AutoParallelism(hardware=hardware), AutoParallelism()):
+        accelerator = Accelerator(cpu=True, parallelism=request)
+        try:
+            accelerator.prepare(_net(), DataLoader(_data(), batch_size=4))
+        except ConfigError as error:
+            return str(error)
+        finally:
+            accelerator.free_memory()
+    return "nothing"
+
+
+def test_a_second_run_that_would_divide_the_world_otherwise_says_what_to_close() -> None:
+    for found in run_ranks(_plan_twice, 2, open_process=False):
+        assert re.search(r"divided into dp_shard=2 already.*`close\(\)` the process first", found), found

@@ -144,9 +144,9 @@ def settle(
         )
     if process.topology.is_main:
         print(plan.explain(), flush=True)
-    if plan.strategy == "fsdp":
+    if plan.strategy == "fsdp" or process.settings.mesh is not None:  # an earlier run may have divided it otherwise
         process.divide(mesh)
-    elif plan.activation_checkpointing:
+    if plan.strategy != "fsdp" and plan.activation_checkpointing:
         from accel_parallel.recompute import checkpoint_activations
 
         checkpoint_activations(models[0])
@@ -196,6 +196,12 @@ def _first_batch(loader: DataLoader[Any] | None) -> Any:
             "`parallelism='auto'` needs to know what the model is given, and no `DataLoader` with a dataset that is "
             "read by index is prepared with it. Give `AutoParallelism(sequence_length=...)` for a model of token ids, "
             "or `example_inputs`."
+        )
+    if len(dataset) == 0:
+        raise ConfigError(
+            "`parallelism='auto'` looks at a sample to see what the model is given, and the dataset of the loader is "
+            "empty. Give it samples, or say what they are by `AutoParallelism(sequence_length=...)` or "
+            "`example_inputs`."
         )
     rows = range(min(len(dataset), loader.batch_size or 1))
     return loader.collate_fn([dataset[row] for row in rows])

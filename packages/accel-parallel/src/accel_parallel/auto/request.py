@@ -45,5 +45,11 @@ class AutoParallelism:
                 f"`sequence_length={self.sequence_length}` and `example_inputs` were both given, and the inputs have a "
                 f"length of their own. Give one of them."
             )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"`batch_size={self.batch_size}` is no number of samples. Give a positive one.")
+        for name, what in (("batch_size", "samples"), ("sequence_length", "tokens")):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"`{name}={value!r}` is no number of {what}. Give a positive integer.")
+        if not 0 <= self.reserve < 1:
+            raise ConfigError(
+                f"`reserve={self.reserve!r}` is no part of a device's memory. Give 0 or more, and less than 1."
+            )
