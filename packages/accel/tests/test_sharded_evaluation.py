@@ -17,15 +17,16 @@ OPTIONS: tuple[dict[str, Any], ...] = ({}, {"reshard_after_forward": False}, {"a
 
 
 class Net(nn.Module):
-    """Two blocks, and parameters that are in none of them."""
+    """Two blocks, and parameters that are in none of them, one with two places and columns for rows."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.enter, self.leave = nn.Linear(4, 6), nn.Linear(6, 1)
+        self.enter, self.again, self.leave = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 1)
+        self.enter.weight = self.again.weight = nn.Parameter(torch.randn(4, 6).t())
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        hidden = self.enter(rows)
+        hidden = self.enter(rows) + self.again(rows)
         for block in self.blocks:
             hidden = block(hidden)
         out: torch.Tensor = self.leave(hidden)
@@ -130,14 +131,14 @@ def clipped_after_a_forward() -> str:
     accelerator, model, _ = prepared({})
     accelerator.backward(loss_of(model, 0, accelerator.process_index))
     evaluate(model, "train", accelerator.process_index)
-    with pytest.raises(ConfigError, match="of the 8 parameters to clip") as caught:
+    with pytest.raises(ConfigError, match="of the 9 parameters to clip") as caught:
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
     return str(caught.value)
 
 
 def test_clipping_gathered_copies_is_refused() -> None:
     for message in run_ranks(clipped_after_a_forward, 2):
-        assert message.startswith("4 of the 8 parameters")
+        assert message.startswith("5 of the 9 parameters")
         assert "Clip right after `backward`" in message
 
 
@@ -145,7 +146,7 @@ def optimizer_after_a_forward() -> str:
     accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin())
     model = accelerator.prepare(network())
     evaluate(model, "train", accelerator.process_index)
-    with pytest.raises(ConfigError, match="4 of the 8 parameters of the SGD") as caught:
+    with pytest.raises(ConfigError, match="5 of the 9 parameters of the SGD") as caught:
         accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
     evaluate(model, "eval", accelerator.process_index)
     accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
