@@ -65,6 +65,17 @@ def test_late_and_different_settings_are_refused_and_both_named() -> None:
         Process.open(ProcessSettings(device="cpu", timeout_s=5.0, check_collectives=True))
 
 
+def test_a_world_is_divided_once() -> None:
+    with Process.open(CPU) as process:
+        process.divide(MeshShape())
+        process.divide(MeshShape())
+        assert process.settings.mesh == MeshShape()
+        with pytest.raises(ConfigError, match="divided into one process already, and tp=2 was asked for"):
+            process.divide(MeshShape(tp=2))
+    with Process.open(CPU) as process, pytest.raises(ConfigError, match="needs 2 processes, but the world has 1"):
+        process.divide(MeshShape(tp=2))
+
+
 def test_a_failed_opening_leaves_nothing_open() -> None:
     with pytest.raises(ConfigError, match="needs 2 processes, but the world has 1"):
         Process.open(ProcessSettings(device="cpu", mesh=MeshShape(tp=2)))

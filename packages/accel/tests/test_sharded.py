@@ -284,3 +284,17 @@ def test_weights_that_nobody_reads_and_shards_that_nobody_gathers_are_refused(tm
         assert "nothing of Net is, so that the file would not be read" in unread
         assert "`weight` of `custom` is divided over processes" in unsaved
         assert "`tensor.full_tensor()`" in unsaved
+
+
+def _each_row() -> list[int]:
+    sizes = ParallelismConfig(dp_shard_size=2, tp_size=2, tp_plan=_PLAN)
+    _open({"parallelism_config": sizes})
+    accelerator = Accelerator(cpu=True, parallelism_config=sizes)
+    loader = accelerator.prepare(DataLoader(TensorDataset(torch.arange(5)), batch_size=2))
+    rows = [row for (batch,) in loader for row in accelerator.gather_for_metrics(batch).tolist()]
+    accelerator.process.close()
+    return rows
+
+
+def test_rows_that_ranks_share_and_padding_repeats_count_once() -> None:
+    assert run_ranks(_each_row, 4, open_process=False) == [[0, 1, 2, 3, 4]] * 4
