@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from accel_parallel.audit import audit_model
 from accel_parallel.pipeline import PipelinedModel, prepare_pippy
 from accel_parallel.pipeline.absent import Absent
 from accel_state import CollectiveError, ConfigError, MeshShape, Process, ProcessSettings
@@ -213,6 +214,24 @@ def test_ranks_that_differ_hear_of_it_at_once() -> None:
     assert "Rank(s) [0] refused what the pipelined model was given" in one[2]
     assert "`num_chunks=0`" in zero[4]
     assert "Rank(s) [0] refused what prepare_pippy was given" in one[4]
+
+
+def of_other_values() -> list[str]:
+    ids, model = batch(4, 5), Chain()
+    with torch.no_grad():
+        model.blocks[2].get_submodule("up").get_parameter("bias")[1] += Process.current().topology.rank
+    found = [refusal(prepare_pippy, model, example_args=(ids,))]
+    if Process.current().topology.is_main:
+        with torch.no_grad():
+            compare(model(ids), ids)  # whole still
+    with pytest.raises(ConfigError, match=r"model number 0 was divided by `prepare_pippy`, for inference"):
+        audit_model(prepare_pippy(Chain(), example_args=(ids,)), name="model number 0", prepared=())
+    return found
+
+
+def test_a_model_of_other_values_somewhere_is_refused() -> None:
+    for (message,) in run_ranks(of_other_values, 3):
+        assert re.search(r"`blocks\.2\.up\.bias` of the model has other values on rank\(s\) 1, 2 than on", message)
 
 
 def broken_stage() -> tuple[str, float]:

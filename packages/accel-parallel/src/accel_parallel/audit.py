@@ -55,6 +55,11 @@ def audit_model(
                 f"twice. Call `prepare` once a model, and use what it returned."
             )
     _refuse_wrapped(model, name)
+    if type(model).__name__ == "PipelinedModel":
+        raise ConfigError(
+            f"{name} was divided by `prepare_pippy`, for inference, and other ranks hold the rest of it. Call it as it "
+            f"is; to train, prepare the model instead of dividing it."
+        )
     if is_exchanged:
         _refuse_shared(model, name, prepared)
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):

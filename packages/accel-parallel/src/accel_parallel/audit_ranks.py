@@ -21,7 +21,7 @@ from accel_state.errors import ConfigError
 from accel_state.logging import get_logger
 from accel_state.process import Process
 
-__all__ = ["Entry", "audit_ranks", "differing_values", "first_difference"]
+__all__ = ["Entry", "audit_ranks", "audit_values", "differing_values", "first_difference"]
 
 _logger = get_logger(__name__)
 
@@ -64,6 +64,29 @@ def audit_ranks(models: Sequence[nn.Module], optimizers: Sequence[Optimizer] = (
     digests = gather_object([_digest(entries)])
     if all(digest == digests[0] for digest in digests):
         return
+    _warn(_refuse_differing(entries))
+
+
+def audit_values(model: nn.Module) -> None:
+    """Every rank must call this, with a model of which each keeps a part. Refuse one that has other values somewhere.
+
+    Raises:
+        ConfigError: on every rank, naming the first difference.
+    """
+    entries = _entries(model, "the model")
+    digests = gather_object([_digest(entries)])
+    if all(digest == digests[0] for digest in digests):
+        return
+    for entry, ranks in differing_values(_refuse_differing(entries)):
+        raise ConfigError(
+            f"{entry.name} has other values on rank(s) {', '.join(map(str, ranks))} than on rank 0, and each rank "
+            f"keeps its own part, so what they make together is neither model. Load the same weights on every rank, or "
+            f"seed them alike before building it, as by `set_seed`."
+        )
+
+
+def _refuse_differing(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Every rank must call this. The entries of all ranks, which describe the same tensors."""
     of_ranks: list[list[Entry]] = gather_object([tuple(entries)])
     problem = first_difference(of_ranks)
     if problem is not None:
@@ -71,7 +94,7 @@ def audit_ranks(models: Sequence[nn.Module], optimizers: Sequence[Optimizer] = (
             f"{problem}. Ranks exchange tensors in the order of their parameters, so they would hang or mix them up. "
             f"Build the same models and optimizers on every rank, whatever its number, and prepare them in one order."
         )
-    _warn(of_ranks)
+    return of_ranks
 
 
 def first_difference(of_ranks: Sequence[Sequence[Entry]]) -> str | None:

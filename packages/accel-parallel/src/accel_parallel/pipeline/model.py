@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from accel_parallel.audit_ranks import audit_values
 from accel_parallel.pipeline.absent import Absent
 from accel_parallel.pipeline.agreement import together
 from accel_parallel.pipeline.division import Division, divide
@@ -81,7 +82,8 @@ def prepare_pippy(
         process: the world; by default the open one.
 
     Raises:
-        ConfigError: on every rank, for what cannot be divided, with what to change.
+        ConfigError: on every rank, for what cannot be divided, with what to change, and for weights that differ
+            between the ranks.
     """
     process = process or Process.current()
     num_stages = process.topology.world_size
@@ -99,6 +101,7 @@ def prepare_pippy(
             cut = _cut(example, chunks)
             _rehearsed(division, cut_batch(example, cut)[0], cut)  # what cannot work is refused now
             same([division.starts, division.owners, chunks, gather_output])
+        audit_values(model)
         undo.pop_all()
     division.place(process.topology.rank)
     return PipelinedModel(model, process=process, division=division, num_chunks=chunks, gather_output=gather_output)
