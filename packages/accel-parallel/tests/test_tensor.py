@@ -282,6 +282,35 @@ def test_numbers_parameters_and_modules_that_read_the_weights_of_others() -> Non
         assert difference < 1e-10
 
 
+def changed_in_place() -> float:
+    """An activation that two divided modules take, the second after it was changed."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.first, self.second = (nn.Linear(8, 8) for _ in range(3))
+            self.down = nn.Linear(8, 8)
+            self.first.requires_grad_(False)  # so that nothing needs the activation as it was
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.enter(x)
+            first = self.first(x)
+            x.mul_(2)
+            return self.down(first + self.second(x))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Scaled().double(), torch.randn(3, 8, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    backward(plain(x).square().sum())
+    divided(model, {"first": "colwise", "second": "colwise", "down": "rowwise"})
+    backward(model(x).square().sum())
+    return apart(model, gradients(plain))
+
+
+def test_an_activation_changed_between_two_modules_enters_twice() -> None:
+    assert max(run_ranks(changed_in_place, 2)) < 1e-10
+
+
 def errors() -> list[str]:
     rank, said = dist.get_rank(), []
     model = network()

@@ -76,6 +76,14 @@ def edges() -> dict[str, Any]:
         short, chosen = made((5, CLASSES), torch.bfloat16)[0], target
         loss = F.cross_entropy(distribute_tensor(short, mesh, [Shard(1)]), chosen)
         found["short"] = (loss.dtype, (loss.float() - F.cross_entropy(short.float(), chosen)).abs().item())
+        many, among, _ = made((64, CLASSES), torch.bfloat16)
+        each = F.cross_entropy(distribute_tensor(many, mesh, [Shard(1)]), among, reduction="none").float()
+        wanted = F.cross_entropy(many.float(), among, reduction="none")
+        found["rounded once"] = ((each - wanted).abs() / wanted.abs().clamp_min(1e-3)).max().item()
+        overflown = logits.clone()
+        overflown[2], target[2] = math.inf, -100
+        found["overflown"] = F.cross_entropy(distribute_tensor(overflown, mesh, [Shard(1)]), target).isfinite().item()
+        target[2] = 0
         with pytest.raises(RuntimeError, match="out of bounds"):
             F.cross_entropy(parts, torch.full_like(target, CLASSES))
         with pytest.raises(RuntimeError, match="out of bounds"):
@@ -102,4 +110,5 @@ def test_edges() -> None:
         assert dtype is torch.bfloat16
         assert apart < 0.1
         assert found.pop("module") < 1e-12
-        assert found == {"plain": True}
+        assert found.pop("rounded once") < 2**-8
+        assert found == {"plain": True, "overflown": True}
