@@ -12,6 +12,7 @@ from torch.nn import functional
 from accel_parallel import Bundle, FullyShardedDataParallelPlugin, ParallelismConfig
 from accel_parallel.fsdp import FSDPStrategy
 from accel_parallel.sharded import whole
+from accel_state.errors import ConfigError
 from accel_state.process import Process, ProcessSettings
 from accel_state.testing import run_ranks
 
@@ -177,3 +178,36 @@ def _compare(parallelism: ParallelismConfig, options: FullyShardedDataParallelPl
         assert state.keys() == wanted_state.keys()
         for name, value in state.items():
             torch.testing.assert_close(value, wanted_state[name], rtol=0, atol=1e-10, msg=name)
+
+
+def _refusals_of_other_data(divide_table: bool) -> list[str]:
+    process = Process.current()
+    rank = process.topology.rank
+    plan = {**_PLAN, **({"embed": "embedding_rowwise", "head": "colwise_gather_output"} if divide_table else {})}
+    parallelism = ParallelismConfig(tp_size=2, tp_plan=plan)
+    positions, batches = torch.arange(_LENGTH).expand(2, -1), [_batch(0, each) for each in range(2)]
+    said = []
+    for tokens, labels in ((rank, 0), (0, rank), (0, 0)):
+        strategy = FSDPStrategy(process, parallelism=parallelism)
+        model = _build()
+        strategy.prepare(Bundle((model,)))
+        try:
+            logits = model(batches[tokens]["input_ids"], positions)
+            strategy.backward(_token_losses(logits, batches[labels]["input_ids"]))
+        except ConfigError as error:
+            said.append(str(error))
+        else:
+            said.append("nothing")
+    # Once is enough: a later exchange would cost every step.
+    strategy.backward(_token_losses(model(batches[rank]["input_ids"], positions), batches[rank]["input_ids"]))
+    return said
+
+
+@pytest.mark.parametrize("divide_table", [False, True])
+def test_ranks_along_tp_that_are_fed_other_data_are_refused_once(divide_table: bool) -> None:
+    settings = ProcessSettings(device="cpu", mesh=ParallelismConfig(tp_size=2).mesh_shape(), timeout_s=60)
+    for tokens, labels, alike in run_ranks(_refusals_of_other_data, 2, divide_table, settings=settings):
+        assert "`Transformer` was called with other tokens or labels on one tensor-parallel rank" in tokens
+        # Behind an output layer that is divided, no copy of a gradient shows whose labels it is of.
+        assert labels == "nothing" if divide_table else "The gradient of `" in labels
+        assert alike == "nothing"

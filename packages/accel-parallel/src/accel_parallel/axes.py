@@ -12,6 +12,7 @@ from accel_state.logging import get_logger
 
 if TYPE_CHECKING:
     from accel_parallel.attention import SequenceParallel
+    from accel_parallel.tensor import FirstInputs
     from accel_parallel.tensor_plan import TensorPlan
 
 __all__ = ["ModelAxes"]
@@ -34,8 +35,8 @@ class ModelAxes:
         self._mesh = mesh
         self._parallelism = parallelism
         self._tp_size = mesh.topology.shape.tp
-        self._unproven: list[tuple[nn.Module, TensorPlan]] = []
-        """Models whose copies of one gradient have not been compared yet."""
+        self._unproven: list[tuple[nn.Module, TensorPlan, FirstInputs]] = []
+        """Models whose inputs and copies of one gradient have not been compared yet."""
         self.sequence: SequenceParallel | None = self._sequence()
         """What divides sequences, where they are divided."""
 
@@ -67,11 +68,11 @@ class ModelAxes:
         """Every rank must call this. Divide `model` along tp, and let its attention reach over whole sequences."""
         if plan is not None:
             assert self._mesh.tp is not None
-            from accel_parallel.tensor import apply_tensor_parallel
+            from accel_parallel.tensor import FirstInputs, apply_tensor_parallel
 
             apply_tensor_parallel(model, plan, self._mesh.tp)
             logger.info("%s", plan)
-            self._unproven.append((model, plan))
+            self._unproven.append((model, plan, FirstInputs(model)))
         if self.sequence is not None:
             self.sequence.attach(model)
 
@@ -79,17 +80,19 @@ class ModelAxes:
         """Every rank must call this. Once a model has gradients, compare those that its tp ranks hold alike, once.
 
         Raises:
-            ConfigError: naming the parameter whose gradients differ, as under other dropout masks.
+            ConfigError: for other inputs, or naming the parameter whose gradients differ, as under other dropout masks.
         """
         if not self._unproven:
             return
         from accel_parallel.tensor import audit_replicas
 
         assert self._mesh.tp is not None
-        for model, plan in self._unproven[:]:
+        for each in self._unproven[:]:
+            model, plan, inputs = each
             if any(parameter.grad is not None for parameter in model.parameters()):
+                inputs.refuse_other(self._mesh.tp)
                 audit_replicas(model, plan, self._mesh.tp)
-                self._unproven.remove((model, plan))
+                self._unproven.remove(each)
 
     def _sequence(self) -> SequenceParallel | None:
         shape = self._mesh.topology.shape

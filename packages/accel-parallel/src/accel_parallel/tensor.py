@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from accel_parallel.tensor_layers import all_gather, divide_module, localize_module
 from accel_parallel.tensor_plan import TensorPlan
 from accel_state.errors import ConfigError
+from accel_state.tree import tensor_leaves
 
-__all__ = ["apply_tensor_parallel", "audit_replicas"]
+__all__ = ["FirstInputs", "apply_tensor_parallel", "audit_replicas"]
 
 _TOLERANCE = 1e-3
 """Relative difference of gradients that a device's order of summation may explain, also in 16 bits."""
@@ -74,6 +76,42 @@ def audit_replicas(model: nn.Module, plan: TensorPlan, tp_mesh: DeviceMesh) -> N
             f"or, if the parameter acts inside a divided part, add its module to the plan as "
             f"'replicated_with_grad_allreduce'."
         )
+
+
+class FirstInputs:
+    """The integers, such as tokens and labels, that a model is first called with, to be compared along tp.
+
+    A table divided by rows adds up what each rank looked up, so that ranks with other tokens go on with one mixture of
+    both, and no gradient tells.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._digest = 0
+        self._name = type(model).__name__
+        self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def refuse_other(self, tp_mesh: DeviceMesh) -> None:
+        """Every rank must call this, once. One small exchange.
+
+        Raises:
+            ConfigError: if they differ between ranks.
+        """
+        self._handle.remove()
+        own = torch.tensor([self._digest], device=tp_mesh.device_type)
+        everybody = own.new_empty(tp_mesh.size())
+        all_gather(everybody, own, group=tp_mesh.get_group())
+        if not torch.equal(everybody, own.expand(tp_mesh.size())):
+            raise ConfigError(
+                f"`{self._name}` was called with other tokens or labels on one tensor-parallel rank than on another, "
+                f"which compute parts of one result. Give these ranks the same batches, as a prepared loader does."
+            )
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._digest:
+            for tensor in tensor_leaves([args, kwargs]):
+                if not tensor.is_floating_point() and not tensor.is_complex():
+                    values = tensor.detach().to("cpu", torch.int64).contiguous().numpy()
+                    self._digest = zlib.crc32(values.tobytes(), self._digest)
 
 
 def _summary(gradient: torch.Tensor | None) -> torch.Tensor:
