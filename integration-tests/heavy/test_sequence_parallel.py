@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from accel_parallel.attention import SequenceParallel
-from accel_parallel.sequence import IGNORED_LABEL, SequenceKind
+from accel_parallel.sequence.attention import SequenceParallel
+from accel_parallel.sequence.layout import IGNORED_LABEL, SequenceKind
 from accel_state import ConfigError
 from accel_state.testing import run_ranks
 

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from accel_parallel.tensor import apply_tensor_parallel, audit_replicas
-from accel_parallel.tensor_loss import loss_parallel
-from accel_parallel.tensor_plan import plan_tensor_parallel
+from accel_parallel.tensor.apply import apply_tensor_parallel, audit_replicas
+from accel_parallel.tensor.loss import loss_parallel
+from accel_parallel.tensor.plan import plan_tensor_parallel
 from accel_state.errors import ConfigError
 from accel_state.testing import run_ranks
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from accel_parallel import Bundle, FullyShardedDataParallelPlugin, ParallelismConfig
-from accel_parallel.fsdp import FSDPStrategy
+from accel_parallel.fsdp.strategy import FSDPStrategy
 from accel_parallel.sharded import whole
 from accel_state.errors import ConfigError
 from accel_state.process import Process, ProcessSettings

@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 from accel_parallel import TorchContextParallelConfig
-from accel_parallel.attention import SequenceParallel
-from accel_parallel.context import attend_in_context, gather_sequence
-from accel_parallel.sequence import SequenceLayout
+from accel_parallel.sequence.attention import SequenceParallel
+from accel_parallel.sequence.context import attend_in_context, gather_sequence
+from accel_parallel.sequence.layout import SequenceLayout
 from accel_state import ConfigError, Process, ProcessSettings
 from accel_state.testing import run_ranks
 

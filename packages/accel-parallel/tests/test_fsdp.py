@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from accel_parallel import Bundle, FullyShardedDataParallelPlugin
-from accel_parallel.fsdp import FSDPStrategy
-from accel_parallel.fsdp_units import (
+from accel_parallel.fsdp.strategy import FSDPStrategy
+from accel_parallel.fsdp.units import (
     check_ignored,
     check_separate,
     check_shardable,

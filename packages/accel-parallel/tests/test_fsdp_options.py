@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from accel_parallel import Bundle, FullyShardedDataParallelPlugin
-from accel_parallel.fsdp import FSDPStrategy
+from accel_parallel.fsdp.strategy import FSDPStrategy
 from accel_parallel.sharded import is_sharded
 from accel_state.process import Process
 from accel_state.testing import run_ranks

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from accel_parallel import Bundle
-from accel_parallel.fsdp import FSDPStrategy
+from accel_parallel.fsdp.strategy import FSDPStrategy
 from accel_state.errors import ConfigError
 from accel_state.process import Process
 from accel_state.testing import run_ranks

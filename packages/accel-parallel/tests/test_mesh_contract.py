@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accel_parallel import ParallelismConfig
-from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 from accel_parallel.testing import SCENARIOS, check_contract
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel_parallel.sequence import SequenceKind, SequenceLayout, shard_sequence
+from accel_parallel.sequence.layout import SequenceKind, SequenceLayout, shard_sequence
 from accel_state import ConfigError
 
 KINDS: tuple[SequenceKind, ...] = ("context", "ulysses")

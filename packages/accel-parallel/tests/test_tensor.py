@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from accel_parallel.tensor import apply_tensor_parallel, audit_replicas
-from accel_parallel.tensor_loss import loss_parallel
-from accel_parallel.tensor_plan import TensorPlan, plan_tensor_parallel
+from accel_parallel.tensor.apply import apply_tensor_parallel, audit_replicas
+from accel_parallel.tensor.loss import loss_parallel
+from accel_parallel.tensor.plan import TensorPlan, plan_tensor_parallel
 from accel_state import ConfigError
 from accel_state.testing import run_ranks
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F  # noqa: N812
 
-from accel_parallel.tensor_loss import divided_cross_entropy, loss_parallel
+from accel_parallel.tensor.loss import divided_cross_entropy, loss_parallel
 from accel_state import ConfigError
 from accel_state.testing import run_ranks
 

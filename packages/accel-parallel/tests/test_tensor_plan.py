@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from accel_parallel.tensor_audit import fitting_sizes
-from accel_parallel.tensor_plan import match_plan, plan_tensor_parallel
+from accel_parallel.tensor.audit import fitting_sizes
+from accel_parallel.tensor.plan import match_plan, plan_tensor_parallel
 from accel_state import ConfigError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from accel_parallel.sequence import SequenceLayout
-from accel_parallel.ulysses import attend_by_heads, check_heads
+from accel_parallel.sequence.layout import SequenceLayout
+from accel_parallel.sequence.ulysses import attend_by_heads, check_heads
 from accel_state import ConfigError
 from accel_state.testing import run_ranks
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from accel import Accelerator, ConfigError, GradScalerKwargs
-from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 from accel_state.process import ProcessSettings
 from accel_state.testing import run_ranks
 

@@ -336,7 +336,7 @@ def test_what_cannot_step_by_itself_is_refused_with_the_reason() -> None:
 
 
 def sharded() -> str:
-    from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+    from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 
     accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin())
     model = nn.Linear(4, 4)

@@ -13,7 +13,6 @@ from accel_parallel._version import __version__
 if TYPE_CHECKING:
     from accel_parallel.accumulation import Accumulation as Accumulation
     from accel_parallel.accumulation import Window as Window
-    from accel_parallel.attention import SequenceParallel as SequenceParallel
     from accel_parallel.audit import audit_model as audit_model
     from accel_parallel.audit import audit_optimizer as audit_optimizer
     from accel_parallel.audit_ranks import audit_ranks as audit_ranks
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
     from accel_parallel.ddp import DDPStrategy as DDPStrategy
     from accel_parallel.dtype_table import dtype_table as dtype_table
     from accel_parallel.dtype_table import format_dtype_table as format_dtype_table
-    from accel_parallel.fsdp import FSDPStrategy as FSDPStrategy
-    from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
+    from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
+    from accel_parallel.fsdp.strategy import FSDPStrategy as FSDPStrategy
     from accel_parallel.local_sgd import LocalSGD as LocalSGD
     from accel_parallel.local_sgd import average_model as average_model
     from accel_parallel.optimizer import PreparedOptimizer as PreparedOptimizer
@@ -54,19 +53,20 @@ if TYPE_CHECKING:
     from accel_parallel.scheduler import PreparedScheduler as PreparedScheduler
     from accel_parallel.select import select_strategy as select_strategy
     from accel_parallel.select import strategy_class as strategy_class
-    from accel_parallel.sequence import SequenceLayout as SequenceLayout
-    from accel_parallel.sequence import shard_sequence as shard_sequence
+    from accel_parallel.sequence.attention import SequenceParallel as SequenceParallel
+    from accel_parallel.sequence.layout import SequenceLayout as SequenceLayout
+    from accel_parallel.sequence.layout import shard_sequence as shard_sequence
     from accel_parallel.single import SingleStrategy as SingleStrategy
     from accel_parallel.strategy import Bundle as Bundle
     from accel_parallel.strategy import Duty as Duty
     from accel_parallel.strategy import OptimizerState as OptimizerState
     from accel_parallel.strategy import Strategy as Strategy
-    from accel_parallel.tensor import apply_tensor_parallel as apply_tensor_parallel
-    from accel_parallel.tensor import audit_replicas as audit_replicas
-    from accel_parallel.tensor_loss import divided_cross_entropy as divided_cross_entropy
-    from accel_parallel.tensor_loss import loss_parallel as loss_parallel
-    from accel_parallel.tensor_plan import TensorPlan as TensorPlan
-    from accel_parallel.tensor_plan import plan_tensor_parallel as plan_tensor_parallel
+    from accel_parallel.tensor.apply import apply_tensor_parallel as apply_tensor_parallel
+    from accel_parallel.tensor.apply import audit_replicas as audit_replicas
+    from accel_parallel.tensor.loss import divided_cross_entropy as divided_cross_entropy
+    from accel_parallel.tensor.loss import loss_parallel as loss_parallel
+    from accel_parallel.tensor.plan import TensorPlan as TensorPlan
+    from accel_parallel.tensor.plan import plan_tensor_parallel as plan_tensor_parallel
 
 _HOME = {
     "plan_split_points": "pipeline",
@@ -77,20 +77,20 @@ _HOME = {
     "Plan": "auto",
     "Hardware": "auto",
     "AutoParallelism": "auto",
-    "SequenceLayout": "sequence",
-    "divided_cross_entropy": "tensor_loss",
-    "audit_replicas": "tensor",
-    "TensorPlan": "tensor_plan",
+    "SequenceLayout": "sequence.layout",
+    "divided_cross_entropy": "tensor.loss",
+    "audit_replicas": "tensor.apply",
+    "TensorPlan": "tensor.plan",
     "format_dtype_table": "dtype_table",
     "dtype_table": "dtype_table",
     "audit_ranks": "audit_ranks",
     "average_model": "local_sgd",
     "LocalSGD": "local_sgd",
-    "shard_sequence": "sequence",
-    "SequenceParallel": "attention",
-    "apply_tensor_parallel": "tensor",
-    "plan_tensor_parallel": "tensor_plan",
-    "loss_parallel": "tensor_loss",
+    "shard_sequence": "sequence.layout",
+    "SequenceParallel": "sequence.attention",
+    "apply_tensor_parallel": "tensor.apply",
+    "plan_tensor_parallel": "tensor.plan",
+    "loss_parallel": "tensor.loss",
     "uncompile": "compilation",
     "is_compiled": "compilation",
     "has_compiled_regions": "compilation",
@@ -101,8 +101,8 @@ _HOME = {
     "find_blocks": "blocks",
     "TorchContextParallelConfig": "parallelism",
     "ParallelismConfig": "parallelism",
-    "FullyShardedDataParallelPlugin": "fsdp_plugin",
-    "FSDPStrategy": "fsdp",
+    "FullyShardedDataParallelPlugin": "fsdp.plugin",
+    "FSDPStrategy": "fsdp.strategy",
     "Accumulation": "accumulation",
     "Window": "accumulation",
     "audit_model": "audit",

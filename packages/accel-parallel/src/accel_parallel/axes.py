@@ -11,9 +11,9 @@ from accel_parallel.parallelism import ParallelismConfig
 from accel_state.logging import get_logger
 
 if TYPE_CHECKING:
-    from accel_parallel.attention import SequenceParallel
-    from accel_parallel.tensor import FirstInputs
-    from accel_parallel.tensor_plan import TensorPlan
+    from accel_parallel.sequence.attention import SequenceParallel
+    from accel_parallel.tensor.apply import FirstInputs
+    from accel_parallel.tensor.plan import TensorPlan
 
 __all__ = ["ModelAxes"]
 
@@ -55,7 +55,7 @@ class ModelAxes:
             self.sequence.check(model)
         if self._tp_size == 1:
             return None
-        from accel_parallel.tensor_plan import plan_tensor_parallel
+        from accel_parallel.tensor.plan import plan_tensor_parallel
 
         return plan_tensor_parallel(
             model,
@@ -68,7 +68,7 @@ class ModelAxes:
         """Every rank must call this. Divide `model` along tp, and let its attention reach over whole sequences."""
         if plan is not None:
             assert self._mesh.tp is not None
-            from accel_parallel.tensor import FirstInputs, apply_tensor_parallel
+            from accel_parallel.tensor.apply import FirstInputs, apply_tensor_parallel
 
             apply_tensor_parallel(model, plan, self._mesh.tp)
             logger.info("%s", plan)
@@ -84,7 +84,7 @@ class ModelAxes:
         """
         if not self._unproven:
             return
-        from accel_parallel.tensor import audit_replicas
+        from accel_parallel.tensor.apply import audit_replicas
 
         assert self._mesh.tp is not None
         for each in self._unproven[:]:
@@ -98,7 +98,7 @@ class ModelAxes:
         shape = self._mesh.topology.shape
         if shape.cp == 1 and shape.sp == 1:
             return None
-        from accel_parallel.attention import SequenceParallel
+        from accel_parallel.sequence.attention import SequenceParallel
 
         in_context = shape.cp > 1
         return SequenceParallel(

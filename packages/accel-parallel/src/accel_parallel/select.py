@@ -15,7 +15,7 @@ __all__ = ["BUILT_IN", "select_strategy", "strategy_class"]
 BUILT_IN: dict[str, str] = {
     "single": "accel_parallel.single:SingleStrategy",
     "ddp": "accel_parallel.ddp:DDPStrategy",
-    "fsdp": "accel_parallel.fsdp:FSDPStrategy",
+    "fsdp": "accel_parallel.fsdp.strategy:FSDPStrategy",
 }
 """Strategies of this package, as ``module:class``. Others join by the entry-point group ``accel.strategies``."""
 

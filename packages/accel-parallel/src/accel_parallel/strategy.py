@@ -19,7 +19,7 @@ from accel_state.topology import Axis
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from accel_parallel.attention import SequenceParallel
+    from accel_parallel.sequence.attention import SequenceParallel
 
 __all__ = ["Bundle", "Duty", "OptimizerState", "Strategy"]
 

@@ -28,10 +28,10 @@ from accel.tracking import Tracking
 from accel.uneven import join_uneven_inputs
 from accel_data.configuration import DataLoaderConfiguration
 from accel_data.convert import is_loader, prepare_data_loader
-from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import GradientAccumulationPlugin, InitProcessGroupKwargs
-from accel_parallel.sequence import shard_sequence
+from accel_parallel.sequence.layout import shard_sequence
 from accel_parallel.strategy import Strategy
 from accel_precision.policy import precision
 from accel_precision.settings import AutocastKwargs, GradScalerKwargs
@@ -372,7 +372,7 @@ class Accelerator(ProcessView):
         """This rank's part of a batch of whole sequences, under ``cp_size`` or ``sp_size``; else all of it.
 
         Names are the same in both: labels of a causal model are shifted first and come back as ``shift_labels``, and
-        there are ``position_ids``; see `accel_parallel.sequence`.
+        there are ``position_ids``; see `accel_parallel.sequence.layout`.
         """
         sequence = self.strategy.sequence
         return shard_sequence(batch, None, causal=causal) if sequence is None else sequence.shard(batch, causal=causal)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import DistributedDataParallelKwargs
 from accel_parallel.select import select_strategy, strategy_class
@@ -108,7 +108,7 @@ def _refuse_nothing_to_share(process: Process, parallelism: ParallelismConfig | 
 
 def _refuse_other_precision(options: FullyShardedDataParallelPlugin, precision: str) -> None:
     """Gathering in a narrow type that the run does not compute in: float16 without loss scaling, or twice rounded."""
-    from accel_parallel.fsdp import precision_policy
+    from accel_parallel.fsdp.strategy import precision_policy
 
     computed = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(precision_policy(options).param_dtype)
     if computed == "fp16" != precision or (computed == "bf16" and precision == "fp16"):

@@ -88,7 +88,7 @@ def profile_model(
 
 def _tensor_parallel(model: nn.Module, plan: Mapping[str, str] | None) -> tuple[tuple[int, ...], frozenset[str]]:
     """Sizes that the plan can divide the model into, and the names of the parameters that it divides."""
-    from accel_parallel.tensor_plan import plan_tensor_parallel
+    from accel_parallel.tensor.plan import plan_tensor_parallel
 
     sizes, divided = [], frozenset[str]()
     size = 2

@@ -15,7 +15,7 @@ from accel_parallel.auto.text import aligned, gib, largest_parts, seconds, time_
 from accel_parallel.parallelism import ParallelismConfig
 
 if TYPE_CHECKING:
-    from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+    from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 
 __all__ = ["Candidate", "Plan"]
 
@@ -85,7 +85,7 @@ class Plan:
 
     def fsdp_plugin(self) -> FullyShardedDataParallelPlugin | None:
         """The options of a sharded run, ``None`` for another. Under DDP, checkpoint activations by hand."""
-        from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+        from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 
         if self.strategy != "fsdp":
             return None

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from accel_parallel.tensor_audit import Draft, audit_plan
-from accel_parallel.tensor_styles import Style, resolve_style
+from accel_parallel.tensor.audit import Draft, audit_plan
+from accel_parallel.tensor.styles import Style, resolve_style
 from accel_state.errors import ConfigError
 
 __all__ = ["DividedParameter", "TensorPlan", "match_plan", "plan_tensor_parallel"]

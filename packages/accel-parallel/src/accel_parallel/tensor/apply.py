@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.modules.dropout import _DropoutNd
 
-from accel_parallel.tensor_layers import all_gather, divide_module, localize_module
-from accel_parallel.tensor_plan import TensorPlan
+from accel_parallel.tensor.layers import all_gather, divide_module, localize_module
+from accel_parallel.tensor.plan import TensorPlan
 from accel_state.errors import ConfigError
 from accel_state.tree import tensor_leaves
 

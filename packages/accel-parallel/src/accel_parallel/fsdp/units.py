@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from accel_parallel.blocks import find_blocks
-from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
+from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 from accel_parallel.sharded import is_sharded
 from accel_state.errors import ConfigError
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from accel_parallel.tensor_styles import Style, resolve_style
+from accel_parallel.tensor.styles import Style, resolve_style
 from accel_state.errors import ConfigError
 
 __all__ = ["Draft", "audit_plan", "fitting_sizes"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from accel_parallel.fsdp1 import translate
+from accel_parallel.fsdp.fsdp1 import translate
 from accel_state.config import did_you_mean
 from accel_state.errors import ConfigError
 

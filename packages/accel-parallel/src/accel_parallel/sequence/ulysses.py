@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from accel_parallel.sequence import SequenceLayout
+from accel_parallel.sequence.layout import SequenceLayout
 from accel_state.errors import ConfigError
 
 __all__ = ["attend_by_heads", "check_heads"]

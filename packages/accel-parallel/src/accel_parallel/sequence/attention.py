@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from accel_parallel.arguments import CallAdapter, check_model
-from accel_parallel.context import attend_in_context, gather_sequence
 from accel_parallel.forwards import Forward, dress, forward_of, is_replaced, replace_forward, restore_forward
 from accel_parallel.parallelism import ContextBackend, TorchContextParallelConfig
-from accel_parallel.ring import TorchRing
-from accel_parallel.sequence import SequenceKind, SequenceLayout, shard_sequence
-from accel_parallel.ulysses import attend_by_heads
+from accel_parallel.sequence.arguments import CallAdapter, check_model
+from accel_parallel.sequence.context import attend_in_context, gather_sequence
+from accel_parallel.sequence.layout import SequenceKind, SequenceLayout, shard_sequence
+from accel_parallel.sequence.ring import TorchRing
+from accel_parallel.sequence.ulysses import attend_by_heads
 from accel_state.errors import ConfigError
 
 __all__ = ["SequenceParallel", "exchanges"]

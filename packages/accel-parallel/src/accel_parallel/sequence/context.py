@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from accel_parallel.sequence import SequenceLayout
+from accel_parallel.sequence.layout import SequenceLayout
 from accel_state.errors import ConfigError
 
 __all__ = ["attend_in_context", "gather_parts", "gather_sequence"]

@@ -22,16 +22,17 @@ from torch.optim import Optimizer
 
 from accel_parallel.axes import ModelAxes
 from accel_parallel.clip import check_clip, clip_to_norm_, gradients_of
-from accel_parallel.fsdp_plugin import FullyShardedDataParallelPlugin
-from accel_parallel.fsdp_statistics import share_statistics
-from accel_parallel.fsdp_units import (
+from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
+from accel_parallel.fsdp.statistics import share_statistics
+from accel_parallel.fsdp.units import (
     check_ignored,
     check_separate,
     check_shardable,
     ignored_parameters,
     plan_units,
 )
-from accel_parallel.fsdp_usage import Usage
+from accel_parallel.fsdp.usage import Usage
+from accel_parallel.fsdp.weights import AsTheyAre, FromFiles, FromRankZero, WeightSource
 from accel_parallel.mesh import Mesh
 from accel_parallel.naming import parameter_names
 from accel_parallel.parallelism import ParallelismConfig
@@ -39,7 +40,6 @@ from accel_parallel.recompute import checkpoint_activations
 from accel_parallel.sharded import in_memory, is_sharded, like, local_of, part_of, total_norm, whole
 from accel_parallel.single import SingleStrategy
 from accel_parallel.strategy import Bundle, OptimizerState
-from accel_parallel.weights import AsTheyAre, FromFiles, FromRankZero, WeightSource
 from accel_state.errors import ConfigError
 from accel_state.process import DistributedType, Process
 from accel_state.protocols import LossScaler

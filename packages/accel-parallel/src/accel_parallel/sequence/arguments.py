@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from accel_parallel.context import gather_sequence
-from accel_parallel.sequence import SequenceLayout
-from accel_parallel.ulysses import check_heads
+from accel_parallel.sequence.context import gather_sequence
+from accel_parallel.sequence.layout import SequenceLayout
+from accel_parallel.sequence.ulysses import check_heads
 from accel_state.errors import ConfigError
 
 __all__ = ["CallAdapter", "check_model"]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from accel_parallel.tensor_styles import Style
+from accel_parallel.tensor.styles import Style
 
 __all__ = ["all_gather", "divide_module", "localize_module"]
 
