@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from accel_parallel import Accumulation, Bundle, DDPStrategy, GradientAccumulationPlugin, context
+from accel_parallel import Accumulation, Bundle, DDPStrategy, GradientAccumulationPlugin
 from accel_parallel.compilation import TorchDynamoPlugin, compile_model, is_compiled, uncompile
 from accel_parallel.recompute import checkpoint_activations, is_checkpointed
+from accel_parallel.sequence import context
 from accel_parallel.sequence.attention import SequenceParallel
 from accel_parallel.sequence.layout import SequenceKind
 from accel_state import ConfigError, Process
