@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel_parallel.blocks import find_blocks
-from accel_parallel.recompute import checkpoint_activations, is_checkpointed
+from accel_parallel.recompute import checkpoint_activations, is_checkpointed, without_cache
 from accel_state.errors import ConfigError
 from accel_state.testing import run_ranks
 
@@ -256,6 +256,7 @@ def test_an_empty_cache_is_kept_from_the_blocks_and_a_full_one_refused() -> None
     with torch.no_grad():
         model(inputs(), cache=cache)
     assert len(cache) == 3
+    assert without_cache({"use_cache": True, "scale": 2}) == {"use_cache": False, "scale": 2}
 
 
 def sharded_gradients(order: str) -> list[list[float]]:

@@ -157,6 +157,7 @@ TOKENS = torch.zeros(2, 10, dtype=torch.long)
         ({"input_ids": TOKENS}, {"causal": False}, "10 tokens.*multiple of 4"),
         ({"pixels": TOKENS}, {}, "`pixels` was to be cut.*none of `input_ids`"),
         ({}, {}, "nothing in it was to be cut"),
+        ([TOKENS, TOKENS], {}, "A list was to be cut along its sequence.*Give a mapping"),
         ({"input_ids": TOKENS}, {"seq_dims": {"inputs": 1}}, "`seq_dims` names `inputs`.*has `input_ids`"),
         ({"input_ids": TOKENS, "attention_mask": torch.ones(2, 1, 10, 10)}, {}, r"\(2, 1, 10, 10\).*padded to 12"),
         ({"input_ids": TOKENS, "labels": TOKENS, "attention_mask": torch.ones(2, 10).tril(5)}, {}, "count tokens that"),

@@ -166,6 +166,11 @@ def shard_sequence(
 
 
 def _length_of(batch: Mapping[str, Any]) -> int:
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"A {type(batch).__name__} was to be cut along its sequence, and which of it are tokens and labels is told "
+            f"by names. Give a mapping, such as {{'input_ids': ..., 'labels': ...}}."
+        )
     for name in ("input_ids", "inputs_embeds", "labels", "shift_labels"):
         value = batch.get(name)
         if isinstance(value, torch.Tensor) and value.dim() >= 2:
