@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import DDPCommunicationHookType, DistributedDataParallelKwargs
 from accel_parallel.single import SingleStrategy
 from accel_parallel.strategy import Bundle
@@ -27,6 +26,7 @@ from accel_state.topology import Axis
 
 if TYPE_CHECKING:
     from accel_parallel.compilation import TorchDynamoPlugin
+    from accel_parallel.parallelism import ParallelismConfig
 
 __all__ = ["DDPStrategy"]
 

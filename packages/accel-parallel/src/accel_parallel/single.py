@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from accel_parallel.clip import check_clip, gradients_of
-from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.sharded import in_memory
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import CheckpointError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from accel_parallel.compilation import TorchDynamoPlugin
+    from accel_parallel.parallelism import ParallelismConfig
     from accel_parallel.sequence.attention import SequenceParallel
 
 __all__ = ["SingleStrategy"]
@@ -61,7 +61,7 @@ class SingleStrategy:
         """
         self.process = process
         self.place = place
-        self.parallelism = parallelism or ParallelismConfig()
+        self.parallelism = parallelism
         self.dynamo = dynamo
 
     @property

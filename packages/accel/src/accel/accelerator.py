@@ -28,10 +28,7 @@ from accel.tracking import Tracking
 from accel.uneven import join_uneven_inputs
 from accel_data.configuration import DataLoaderConfiguration
 from accel_data.convert import is_loader, prepare_data_loader
-from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
-from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import GradientAccumulationPlugin, InitProcessGroupKwargs
-from accel_parallel.sequence.layout import shard_sequence
 from accel_parallel.strategy import Strategy
 from accel_precision.policy import precision
 from accel_precision.settings import AutocastKwargs, GradScalerKwargs
@@ -47,6 +44,8 @@ from accel_track import LogWith
 if TYPE_CHECKING:
     from accel_parallel.auto import AutoParallelism, Plan
     from accel_parallel.compilation import TorchDynamoPlugin
+    from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
+    from accel_parallel.parallelism import ParallelismConfig
 
 __all__ = ["Accelerator"]
 
@@ -374,6 +373,8 @@ class Accelerator(ProcessView):
         Names are the same in both: labels of a causal model are shifted first and come back as ``shift_labels``, and
         there are ``position_ids``; see `accel_parallel.sequence.layout`.
         """
+        from accel_parallel.sequence.layout import shard_sequence  # only for those who divide sequences, or may
+
         sequence = self.strategy.sequence
         return shard_sequence(batch, None, causal=causal) if sequence is None else sequence.shard(batch, causal=causal)
 

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
-from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import DistributedDataParallelKwargs
 from accel_parallel.select import select_strategy, strategy_class
 from accel_parallel.strategy import Strategy
@@ -19,6 +17,8 @@ from accel_state.topology import AXES, MeshShape
 
 if TYPE_CHECKING:
     from accel_parallel.compilation import TorchDynamoPlugin
+    from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
+    from accel_parallel.parallelism import ParallelismConfig
 
 __all__ = ["dynamo_plugin_of", "make_strategy", "mesh_shape"]
 
@@ -78,15 +78,16 @@ def make_strategy(
     shape = process.topology.shape
     name = name or select_strategy(world_size=process.topology.world_size, mesh=shape, fsdp=fsdp_plugin is not None)
     made = strategy_class(name)
-    if fsdp_plugin is not None and made.options_type is not FullyShardedDataParallelPlugin:
+    sharding = _sharding_options(made)
+    if fsdp_plugin is not None and sharding is None:
         raise ConfigError(
             f"`fsdp_plugin` was given, and it has no effect on the strategy `{name}` that was asked for. "
             f"Leave one of them out."
         )
     _refuse_without_effect(process, made, name, handlers)
     options = handlers.get(made.options_type)
-    if made.options_type is FullyShardedDataParallelPlugin:
-        options = fsdp_plugin or FullyShardedDataParallelPlugin()
+    if sharding is not None:
+        options = fsdp_plugin or sharding()
         _refuse_nothing_to_share(process, parallelism)
         if options.mixed_precision_policy is None and precision != "no":
             options = replace(options, mixed_precision_policy=precision)
@@ -94,6 +95,15 @@ def make_strategy(
     _refuse_axes(made, name, shape)
     strategy: Strategy = made(process, place=place, options=options, parallelism=parallelism, dynamo=dynamo)
     return strategy
+
+
+def _sharding_options(made: Any) -> type[FullyShardedDataParallelPlugin] | None:
+    """The class of FSDP's options, where a strategy takes them. Only imported for one that can shard."""
+    if "dp_shard" not in made.axes:
+        return None
+    from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
+
+    return FullyShardedDataParallelPlugin if made.options_type is FullyShardedDataParallelPlugin else None
 
 
 def _refuse_nothing_to_share(process: Process, parallelism: ParallelismConfig | None) -> None:

@@ -86,7 +86,7 @@ class FSDPStrategy(SingleStrategy):
         self.mesh = Mesh(process, _shape(process, self.options))
         self.device_mesh = self.mesh.root
         _check_reshard(self.options, self.mesh)
-        self.model_axes = ModelAxes(self.mesh, self.parallelism)
+        self.model_axes = ModelAxes(self.mesh, parallelism or ParallelismConfig())
         self.sequence = self.model_axes.sequence
         if self.options.cpu_ram_efficient_loading and self.model_axes.divides_tensors:
             raise ConfigError(
