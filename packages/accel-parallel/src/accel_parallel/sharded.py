@@ -1,58 +1,29 @@
 """Tensors that are divided over ranks, in plain terms: this rank's part, where it lies, and the whole.
 
-torch calls them ``DTensor``. Everything here takes plain tensors too, which are whole on every rank. What torch has for
-them is imported where one is at hand, since that takes longer than all of this package.
+torch calls them ``DTensor``; a `FlatPart` is a range of a flattened one. Everything here takes plain tensors too, which
+are whole on every rank. What torch has for them is imported where one is at hand, since that takes longer than all of
+this package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from accel_parallel.box import Box
+from accel_parallel.flat import FlatPart
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "Box", "box_of", "in_memory", "is_sharded", "like", "local_of", "owns_part", "part_of", "total_norm", "whole",
+    "Box", "box_of", "in_memory", "is_divided", "is_sharded", "like", "local_of", "owned_pieces", "part_of",
+    "total_norm", "whole",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A rectangular part of a tensor."""
-
-    offset: tuple[int, ...]
-    """Of its first element, in each dim of the whole."""
-    shape: tuple[int, ...]
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        """What cuts it out of the whole."""
-        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it holds nothing, as where there are more ranks than rows."""
-        return 0 in self.shape
-
-    def meet(self, other: Box) -> Box | None:
-        """What both hold; ``None`` where that is nothing."""
-        starts = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        ends = tuple(
-            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
-        )
-        if any(end <= start for start, end in zip(starts, ends, strict=True)):
-            return None
-        return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
-
-    def within(self, outer: Box) -> Box:
-        """The same part, counted from the beginning of `outer`."""
-        return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.shape)
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
@@ -60,13 +31,22 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     return hasattr(tensor, "device_mesh")
 
 
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
+def is_divided(value: object) -> TypeGuard[DTensor | FlatPart]:
+    """Whether this rank holds a part of it only, be it a rectangular one or a range."""
+    return isinstance(value, FlatPart) or is_sharded(value)
+
+
+def local_of(tensor: torch.Tensor | FlatPart) -> torch.Tensor:
     """What this rank holds, sharing its memory; a plain tensor itself."""
+    if isinstance(tensor, FlatPart):
+        return tensor.local
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor | FlatPart) -> torch.Tensor:
     """All of it, detached. Every rank of its mesh must call this. A plain tensor comes back as it is."""
+    if isinstance(tensor, FlatPart):
+        return tensor.whole()
     if not is_sharded(tensor):
         return tensor
     full: torch.Tensor = tensor.full_tensor()
@@ -85,8 +65,15 @@ def box_of(tensor: torch.Tensor) -> Box:
     return Box(tuple(offset), tuple(shape))
 
 
-def owns_part(tensor: torch.Tensor) -> bool:
-    """Whether this rank is the one to write its part, where several hold the same one. Plain ones: rank 0."""
+def owned_pieces(tensor: torch.Tensor | FlatPart) -> list[tuple[Box, torch.Tensor]]:
+    """What this rank is the one to write of a divided tensor, where several hold the same."""
+    if isinstance(tensor, FlatPart):
+        return tensor.pieces()
+    box = box_of(tensor)
+    return [(box, local_of(tensor).detach())] if _owns_part(tensor) and not box.is_empty else []
+
+
+def _owns_part(tensor: torch.Tensor) -> bool:
     if not is_sharded(tensor):
         return not dist.is_initialized() or dist.get_rank() == 0
     coordinate = tensor.device_mesh.get_coordinate()

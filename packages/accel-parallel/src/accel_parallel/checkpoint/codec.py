@@ -12,8 +12,8 @@ cannot hold is written as a dict of one key that begins with ``$``:
 ``{"$counter": [[k, v], ..]}``  a ``collections.Counter`` (schedulers keep milestones in one)
 ``{"$float": "nan"}``  ``nan``, ``inf`` or ``-inf``
 ``{"$dtype": "float32"}``  a ``torch.dtype``
-``{"$parts": {..}}``  a tensor whose parts lie in other items: ``key``, ``shape``, ``dtype``, and for each part the
-                    item, where it begins and its shape
+``{"$parts": {..}}``  a tensor whose parts lie in other items: ``shape``, ``dtype``, and for each part the item, its
+                    key there, where it begins and its shape
 ==================  =========================================================
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from accel_parallel.checkpoint.parts import StoredTensor
+from accel_parallel.checkpoint.parts import StoredPart, StoredTensor
 from accel_parallel.sharded import Box
 from accel_state.errors import CheckpointError
 
@@ -131,8 +131,10 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor], *, item: str) -> Any
     if mark == "$dtype":
         return _decode_dtype(content, item)
     if mark == "$parts":
-        parts = tuple((name, Box(tuple(offset), tuple(shape))) for name, offset, shape in content["parts"])
-        return StoredTensor(content["key"], torch.Size(content["shape"]), _decode_dtype(content["dtype"], item), parts)
+        parts = tuple(
+            StoredPart(name, key, Box(tuple(offset), tuple(shape))) for name, key, offset, shape in content["parts"]
+        )
+        return StoredTensor(torch.Size(content["shape"]), _decode_dtype(content["dtype"], item), parts)
     if mark in _CONTAINERS:
         return _CONTAINERS[mark](decode(content, tensors, item=item))
     raise CheckpointError(
@@ -152,8 +154,7 @@ def _decode_dtype(name: str, item: str) -> torch.dtype:
 
 def _encode_parts(stored: StoredTensor) -> dict[str, Any]:
     return {
-        "key": stored.key,
         "shape": list(stored.shape),
         "dtype": str(stored.dtype).removeprefix("torch."),
-        "parts": [[name, list(box.offset), list(box.shape)] for name, box in stored.parts],
+        "parts": [[part.item, part.key, list(part.box.offset), list(part.box.shape)] for part in stored.parts],
     }

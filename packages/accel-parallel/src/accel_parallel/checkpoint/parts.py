@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from accel_parallel.sharded import Box, box_of, is_sharded, local_of, owns_part, whole
+from accel_parallel.sharded import Box, is_divided, owned_pieces, whole
 from accel_state.collectives import gather_object
 from accel_state.process import Process
 
-__all__ = ["PART", "StoredTensor", "divide", "gather", "map_leaves"]
+__all__ = ["PART", "StoredPart", "StoredTensor", "divide", "gather", "map_leaves"]
 
 PART = "part"
 """Kind of the items that hold parts."""
@@ -26,16 +26,25 @@ ReadBox = Callable[[str, str, Box], torch.Tensor]
 """From the name of an item and a key in it to a box of that tensor."""
 
 
+class StoredPart(NamedTuple):
+    """Where a part of a tensor is."""
+
+    item: str
+    """That holds it."""
+    key: str
+    """Of it, in that item."""
+    box: Box
+    """Where it lies in the whole."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor whose parts lie in files, read when a box of it is asked for."""
 
-    key: str
-    """Of its parts, in the items that hold them."""
     shape: torch.Size
     dtype: torch.dtype
-    parts: tuple[tuple[str, Box], ...]
-    """For each part, the item that holds it and where it lies in the whole. They do not overlap."""
+    parts: tuple[StoredPart, ...]
+    """They do not overlap."""
     read_box: ReadBox | None = None
     """Set by the checkpoint that it was read from."""
 
@@ -44,10 +53,10 @@ class StoredTensor:
         assert self.read_box is not None
         box = box or Box((0,) * len(self.shape), tuple(self.shape))
         target = torch.empty(box.shape, dtype=self.dtype)
-        for item, place in self.parts:
-            common = box.meet(place)
+        for part in self.parts:
+            common = box.meet(part.box)
             if common is not None:
-                target[common.within(box).slices] = self.read_box(item, self.key, common.within(place))
+                target[common.within(box).slices] = self.read_box(part.item, part.key, common.within(part.box))
         return target
 
     def bound_to(self, read_box: ReadBox) -> StoredTensor:
@@ -66,24 +75,31 @@ def divide(name: str, tree: Any, *, process: Process) -> tuple[Any, dict[str, to
     Returns:
         The state with a `StoredTensor` for each divided tensor, and this rank's parts by key.
     """
-    found: dict[str, torch.Tensor] = {}
-    map_leaves(tree, lambda path, value: found.setdefault(path, value) if is_sharded(value) else value)
-    own = {path: tensor for path, tensor in found.items() if owns_part(tensor) and not box_of(tensor).is_empty}
-    if process.topology.world_size > 1:
-        of_ranks: list[dict[str, Box]] = gather_object([{path: box_of(t) for path, t in own.items()}], process=process)
-    else:
-        of_ranks = [{path: box_of(tensor) for path, tensor in own.items()}]
-    places: dict[str, list[tuple[str, Box]]] = {path: [] for path in found}
-    for rank, boxes in enumerate(of_ranks):
-        for path, box in boxes.items():
-            places[path].append((f"{name}-part{rank}", box))
+    boxes: dict[str, list[tuple[str, Box]]] = {}
+    own: dict[str, torch.Tensor] = {}
+
+    def collect(path: str, value: Any) -> Any:
+        if is_divided(value):
+            pieces = owned_pieces(value)
+            keys = [path if len(pieces) == 1 else f"{path}[{number}]" for number in range(len(pieces))]
+            boxes[path] = [(key, box) for key, (box, _) in zip(keys, pieces, strict=True)]
+            own.update({key: piece for key, (_, piece) in zip(keys, pieces, strict=True)})
+        return value
+
+    map_leaves(tree, collect)
+    of_ranks = gather_object([boxes], process=process) if process.topology.world_size > 1 else [boxes]
 
     def stored(path: str, value: Any) -> Any:
-        if not is_sharded(value):
+        if not is_divided(value):
             return value
-        return StoredTensor(path, torch.Size(value.shape), value.dtype, tuple(places[path]))
+        parts = tuple(
+            StoredPart(f"{name}-part{rank}", key, box)
+            for rank, found in enumerate(of_ranks)
+            for key, box in found[path]
+        )
+        return StoredTensor(torch.Size(value.shape), value.dtype, parts)
 
-    return map_leaves(tree, stored), {path: local_of(tensor).detach() for path, tensor in own.items()}
+    return map_leaves(tree, stored), own
 
 
 def gather(tree: Any, *, keep: bool) -> Any:
@@ -95,7 +111,7 @@ def gather(tree: Any, *, keep: bool) -> Any:
     """
 
     def gathered(_: str, value: Any) -> Any:
-        if not is_sharded(value):
+        if not is_divided(value):
             return value
         full = whole(value)
         return full.cpu() if keep else None
