@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import torch
 
-from accel_parallel.clip import gradients_of, scale_gradients_
 from accel_parallel.plugins import GradientAccumulationPlugin, check_num_steps
 from accel_parallel.strategy import Strategy
 from accel_state.errors import ConfigError
@@ -125,10 +124,10 @@ class Window:
             )
         self._kind = kind
 
-    def correct_mean(self) -> None:
+    def correct_mean(self, strategy: Strategy) -> None:
         """At the end: the window held fewer micro-batches than its losses were divided by."""
         if self._kind == "micro-batches" and self.divisor != self.micro_steps:
-            scale_gradients_(gradients_of(self.parameters), self.divisor / self.micro_steps)
+            strategy.scale_gradients_(self.parameters, self.divisor / self.micro_steps)
             self.divisor = self.micro_steps  # another loss of this same micro-batch is divided rightly at once
 
     def add_items(self, num_items: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -149,7 +148,7 @@ class Window:
         assert self._items is not None
         assert self._reference is not None
         total = _at_least_one(self._items if self.local else strategy.sum_over_data(self._items))
-        scale_gradients_(gradients_of(self.parameters), self._reference / total)
+        strategy.scale_gradients_(self.parameters, self._reference / total)
         self._items = self._reference = None
         return total
 
@@ -289,7 +288,7 @@ class Accumulation:
                     if not window.local:  # what one rank held is no reference for all
                         self._reference = _power_of_two(total)
                 else:
-                    window.correct_mean()
+                    window.correct_mean(self.strategy)
 
     def _reached(self) -> Sequence[Window]:
         """The windows whose gradients the current backward added to."""

@@ -21,9 +21,26 @@ class PreparedOptimizer(Optimizer):
     ``step()`` and ``zero_grad()`` may be called at every micro-batch: inside an accumulation window they do nothing.
     """
 
-    def __init__(self, optimizer: Optimizer, *, window: Window, strategy: Strategy, scaler: LossScaler) -> None:
-        """Called by ``Accelerator.prepare``. `Optimizer.__init__` is left out on purpose: the wrapped one holds all."""
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        window: Window,
+        strategy: Strategy,
+        scaler: LossScaler,
+        given: Optimizer | None = None,
+    ) -> None:
+        """Called by ``Accelerator.prepare``. `Optimizer.__init__` is left out on purpose: the wrapped one holds all.
+
+        Args:
+            optimizer: what the strategy made of the one that was given.
+            window: of its micro-batches.
+            strategy: what steps it.
+            scaler: of losses; one that is not enabled where the strategy scales by itself.
+            given: the one that was given, which schedulers know.
+        """
         self.optimizer = optimizer
+        self.given = optimizer if given is None else given
         self.window = window
         self.steps_taken = 0
         """Steps that changed the parameters."""
@@ -72,7 +89,7 @@ class PreparedOptimizer(Optimizer):
         window = self.window
         if window.accumulating:
             return
-        self.optimizer.zero_grad(set_to_none)
+        self._strategy.zero_grad(self.optimizer, set_to_none)
         window.pending = False
 
     def _refuse_closure(self) -> None:

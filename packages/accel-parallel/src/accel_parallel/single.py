@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from accel_parallel.clip import check_clip, gradients_of
+from accel_parallel.clip import check_clip, gradients_of, scale_gradients_
 from accel_parallel.sharded import in_memory
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
-from accel_state.errors import CheckpointError
+from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import DistributedType, Process
 from accel_state.protocols import LossScaler
 from accel_state.topology import Axis
@@ -79,6 +79,9 @@ class SingleStrategy:
     def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
         return value
 
+    def trained_parameters(self, optimizer: Optimizer) -> list[torch.Tensor]:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
     def prepare(self, bundle: Bundle) -> Bundle:
         if self.place:
             for model in bundle.models:
@@ -124,6 +127,15 @@ class SingleStrategy:
 
     def grad_norm(self, parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
         return nn.utils.get_total_norm(gradients_of(parameters), norm_type)
+
+    def clip_grad_value_(self, parameters: Iterable[torch.Tensor], clip_value: float) -> None:
+        nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def scale_gradients_(self, parameters: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
+        scale_gradients_(gradients_of(parameters), factor)
+
+    def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
+        optimizer.zero_grad(set_to_none)
 
     def step(self, optimizer: Optimizer, *, scaler: LossScaler, closure: Callable[[], Any] | None = None) -> bool:
         if not scaler.enabled:
@@ -214,6 +226,16 @@ class SingleStrategy:
         inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         assert isinstance(inner, nn.Module)
         return inner
+
+    def scheduler_for(self, scheduler: Any, optimizer: Optimizer) -> Any:
+        if getattr(scheduler, "is_placeholder", False):
+            raise ConfigError(
+                f"A {type(scheduler).__name__} was given to `prepare`. It stands for the scheduler of a configuration "
+                f"of DeepSpeed, and the strategy `{self.name}` has none. Give the scheduler itself."
+            )
+        return scheduler
+
+    def release(self) -> None: ...
 
 
 def _is_tensor(name: str, value: object) -> bool:

@@ -45,6 +45,12 @@ class Bundle:
 
     models: tuple[nn.Module, ...] = field(default=())
     optimizers: tuple[Optimizer, ...] = field(default=())
+    schedulers: tuple[Any, ...] = field(default=())
+    """What is prepared with them; the strategy is told of them, and hands out one by one with `scheduler_for`."""
+    batch_size: int | None = None
+    """Rows that a rank takes from the loaders of these models, where that is known."""
+    num_steps: int = 1
+    """Micro-batches of a window, as announced; single windows may have others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ class OptimizerState:
     """For each parameter name, its entries, such as ``exp_avg``: tensors on the parameter's device, or numbers."""
     groups: list[dict[str, Any]]
     """Hyperparameters of each group; ``params`` lists names, ``param_shapes`` and ``param_dtypes`` what these are."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """What else a backend steps by, such as the loss scale that it owns: numbers, or tensors."""
 
 
 class Strategy(Protocol):
@@ -67,6 +75,7 @@ class Strategy(Protocol):
 
     name: str
     owns: frozenset[Duty]
+    """What it does by itself. The rest is done for it, through what follows."""
     options_type: type | None
     """Class of the options that users may pass for it; its constructor takes an instance as ``options``."""
     axes: frozenset[Axis]
@@ -83,6 +92,9 @@ class Strategy(Protocol):
     reduce_found_inf: Callable[[torch.Tensor], None] | None
     """For the loss scaler: makes a flag greater than zero on all ranks where it is on any; ``None`` where all ranks
     hold equal gradients and so agree."""
+
+    def trained_parameters(self, optimizer: Optimizer) -> list[torch.Tensor]:
+        """The parameters of models that `optimizer` trains, which may hold others, such as flat parts of them."""
 
     @property
     def fills_meta(self) -> bool:
@@ -136,6 +148,15 @@ class Strategy(Protocol):
     def grad_norm(self, parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
         """The norm that `clip_grad_norm_` would see, a scalar."""
 
+    def clip_grad_value_(self, parameters: Iterable[torch.Tensor], clip_value: float) -> None:
+        """Bound every entry of the gradients."""
+
+    def scale_gradients_(self, parameters: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
+        """Multiply the gradients of a window that is complete, before its step; a tensor as `factor` is a scalar."""
+
+    def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
+        """Drop the gradients of all that `optimizer` trains."""
+
     def step(self, optimizer: Optimizer, *, scaler: LossScaler, closure: Callable[[], Any] | None = None) -> bool:
         """Step. False: the gradients were not finite, and nothing was changed."""
 
@@ -164,3 +185,13 @@ class Strategy(Protocol):
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The module that the user handed in."""
+
+    def scheduler_for(self, scheduler: Any, optimizer: Optimizer) -> Any:
+        """What really schedules the rates of a prepared `optimizer`: `scheduler`, unless that stands for another.
+
+        Raises:
+            ConfigError: for one that stands for something that this strategy has not.
+        """
+
+    def release(self) -> None:
+        """Let go of all that was prepared, and of what it took of the process for that. Every rank must call this."""

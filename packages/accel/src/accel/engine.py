@@ -25,9 +25,10 @@ from accel_parallel.optimizer import PreparedOptimizer
 from accel_parallel.plugins import GradientAccumulationPlugin
 from accel_parallel.scheduler import PreparedScheduler
 from accel_parallel.strategy import Bundle, Duty, Strategy
+from accel_precision.scaler import NoScaler
 from accel_state.errors import ConfigError
 from accel_state.logging import get_logger
-from accel_state.protocols import Precision, StatefulLoader
+from accel_state.protocols import LossScaler, Precision, StatefulLoader
 
 __all__ = ["Engine", "refuse_inside", "refuse_saving"]
 
@@ -76,8 +77,20 @@ class Engine:
         if self._scales:
             self.precision.scaler.reduce_found_inf = strategy.reduce_found_inf
 
-    def prepare(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Bundle:
+    def prepare(
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer],
+        schedulers: Sequence[Any] = (),
+        batch_size: int | None = None,
+    ) -> Bundle:
         """Audit, cast, wrap and bind. Every rank must call this, with its objects in the same order.
+
+        Args:
+            models: to be spread.
+            optimizers: of these models, or of earlier ones.
+            schedulers: of these optimizers; `prepare_scheduler` gives what to use.
+            batch_size: rows that a rank takes from the loaders, where that is known.
 
         Raises:
             ConfigError: for what would go wrong without a word later; see `accel_parallel.audit`.
@@ -93,7 +106,8 @@ class Engine:
                 meta_is_filled=self.strategy.fills_meta,
                 is_exchanged=self.strategy.average_size > 1,
             )
-            self.precision.check(model, name="model" if number == 0 else f"model_{number}")
+            if Duty.SCALE not in self.strategy.owns:
+                self.precision.check(model, name="model" if number == 0 else f"model_{number}")
             known.append(model)
         for index, optimizer in enumerate(optimizers):
             others = [prepared.optimizer for prepared in self.optimizers] + list(optimizers[:index])
@@ -111,17 +125,24 @@ class Engine:
         tables = [dtype_table(model) for model in models]
         for model in models:
             self.precision.wrap_forward(model)
-        bundle = self.strategy.prepare(Bundle(tuple(models), tuple(optimizers)))
+        bundle = self.strategy.prepare(
+            Bundle(tuple(models), tuple(optimizers), tuple(schedulers), batch_size, self.accumulation.num_steps)
+        )
         self.models += bundle.models
         self._tables += tables
         for model, before in zip(bundle.models, dtypes, strict=True):
             self._tell_changes(before, self.strategy.unwrap(model))
-        prepared = tuple(self._bind(optimizer) for optimizer in bundle.optimizers)
+        prepared = tuple(self._bind(made, given) for made, given in zip(bundle.optimizers, optimizers, strict=True))
         for model in self.models:
             for known_as in (model, self.strategy.unwrap(model)):
                 self._windows_of_model[id(known_as)] = self._find_windows(model)
                 self._wrapped[id(known_as)] = model
         return Bundle(bundle.models, prepared)
+
+    @property
+    def scaler(self) -> LossScaler | None:
+        """What scales losses here; ``None`` where nobody does, or the strategy does by itself."""
+        return self.precision.scaler if self._scales else None
 
     def explain(self) -> list[str]:
         """Lines on which dtypes each model holds; those that it was given with too, where they were others."""
@@ -149,14 +170,17 @@ class Engine:
                 f"such as `AdamWScheduleFree` instead of a `ScheduleFreeWrapper`."
             )
         target = getattr(scheduler, "optimizer", None)
-        optimizers = [each for each in self.optimizers if target is each or target is each.optimizer]
+        optimizers = [
+            each for each in self.optimizers if any(target is one for one in (each, each.optimizer, each.given))
+        ]
         if not optimizers:
             raise ConfigError(
                 f"{type(scheduler).__name__} belongs to an optimizer ({type(target).__name__}) that is not prepared, "
                 "so it "
                 f"is not known when that one really steps. Prepare the optimizer together with it or before it."
             )
-        prepared = PreparedScheduler(scheduler, optimizers=optimizers, follow=follow)
+        real = self.strategy.scheduler_for(scheduler, optimizers[0].optimizer)
+        prepared = PreparedScheduler(real, optimizers=optimizers, follow=follow)
         self.schedulers.append(prepared)
         return prepared
 
@@ -250,7 +274,7 @@ class Engine:
         if all(optimizer.window.sync for optimizer in optimizers):
             for optimizer in optimizers:
                 optimizer.unscale_()
-            nn.utils.clip_grad_value_(parameters, clip_value)
+            self.strategy.clip_grad_value_(parameters, clip_value)
 
     def rewind(self, loader: StatefulLoader[Any]) -> int:
         """Batches of `loader` that a run resumed from now must see again: those of windows that are not finished."""
@@ -261,7 +285,7 @@ class Engine:
         self.accumulation.restart()
         self.loops.forget()
         for optimizer in self.optimizers:
-            optimizer.optimizer.zero_grad()
+            self.strategy.zero_grad(optimizer.optimizer)
 
     def forget(self) -> None:
         """Let go of everything that was prepared."""
@@ -271,6 +295,7 @@ class Engine:
         self._windows_of_model.clear()
         self._wrapped.clear()
         self._fused, self._is_special = None, self._scales
+        self.strategy.release()
         self.loops.forget()
         self.accumulation = Accumulation(plugin, self.strategy)
 
@@ -290,10 +315,11 @@ class Engine:
                 self.strategy.name,
             )
 
-    def _bind(self, optimizer: Optimizer) -> PreparedOptimizer:
-        window = self.accumulation.bind(p for group in optimizer.param_groups for p in group["params"])
+    def _bind(self, optimizer: Optimizer, given: Optimizer) -> PreparedOptimizer:
+        window = self.accumulation.bind(self.strategy.trained_parameters(optimizer))
         kind = FusedOptimizer if steps_in_backward(optimizer) else PreparedOptimizer
-        prepared = kind(optimizer, window=window, strategy=self.strategy, scaler=self.precision.scaler)
+        scaler = self.precision.scaler if self._scales else NoScaler()
+        prepared = kind(optimizer, window=window, strategy=self.strategy, scaler=scaler, given=given)
         if isinstance(prepared, FusedOptimizer):
             self._fused, self._is_special = prepared, True
         self.optimizers.append(prepared)

@@ -130,7 +130,7 @@ class Saving:
         names += [_numbered("scheduler", index) for index in range(len(engine.schedulers))]
         names += [_numbered("loader", index) for index in range(len(self.loaders))]
         names += [_numbered("custom", index) for index in range(len(self.custom))]
-        return names + (["scaler"] if engine.precision.scaler.enabled else [])
+        return names + (["scaler"] if engine.scaler is not None else [])
 
     def _parameter_names(self) -> dict[Any, str]:
         engine = self.engine
@@ -148,6 +148,8 @@ class Saving:
         for index, optimizer in enumerate(engine.optimizers):
             state = engine.strategy.optimizer_state(optimizer.optimizer, names)
             content = {"state": state.state, "groups": state.groups, "steps_taken": optimizer.steps_taken}
+            if state.engine:
+                content["engine"] = state.engine
             items.append(files.Item(_numbered("optimizer", index), "optimizer", content))
         for index, scheduler in enumerate(engine.schedulers):
             items.append(files.Item(_numbered("scheduler", index), "scheduler", scheduler.state_dict()))
@@ -158,8 +160,8 @@ class Saving:
             )
         for index, each in enumerate(self.custom):
             items.append(files.Item(_numbered("custom", index), "custom", each.state_dict()))
-        if engine.precision.scaler.enabled:
-            items.append(files.Item("scaler", "scaler", engine.precision.scaler.state_dict()))
+        if engine.scaler is not None:
+            items.append(files.Item("scaler", "scaler", engine.scaler.state_dict()))
         return items
 
     def _spread(self, items: list[files.Item]) -> tuple[list[files.Item], list[files.Item]]:
@@ -187,7 +189,9 @@ class Saving:
         for index, optimizer in enumerate(engine.optimizers):
             state = states[_numbered("optimizer", index)]
             engine.strategy.load_optimizer_state(
-                optimizer.optimizer, names, OptimizerState(state=state["state"], groups=state["groups"])
+                optimizer.optimizer,
+                names,
+                OptimizerState(state=state["state"], groups=state["groups"], engine=state.get("engine", {})),
             )
             optimizer.steps_taken = state["steps_taken"]
         for index, scheduler in enumerate(engine.schedulers):
@@ -197,8 +201,8 @@ class Saving:
             loader.load_state_dict(states[_numbered("loader", index)])
         for index, each in enumerate(self.custom):
             each.load_state_dict(states[_numbered("custom", index)])
-        if engine.precision.scaler.enabled:
-            engine.precision.scaler.load_state_dict(states["scaler"])
+        if engine.scaler is not None:
+            engine.scaler.load_state_dict(states["scaler"])
 
     def _refuse_other_items(self, checkpoint: files.Checkpoint) -> None:
         saved = {name for name, record in checkpoint.items.items() if record.kind not in ("rng", files.PART)}
