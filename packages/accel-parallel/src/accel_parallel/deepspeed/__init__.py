@@ -1,0 +1,1 @@
+"""DeepSpeed as a strategy: its configuration, its engine, and what surrounds them. Imports it only when it is used."""
