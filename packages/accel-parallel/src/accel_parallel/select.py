@@ -16,6 +16,7 @@ BUILT_IN: dict[str, str] = {
     "single": "accel_parallel.single:SingleStrategy",
     "ddp": "accel_parallel.ddp:DDPStrategy",
     "fsdp": "accel_parallel.fsdp.strategy:FSDPStrategy",
+    "deepspeed": "accel_parallel.deepspeed.strategy:DeepSpeedStrategy",
 }
 """Strategies of this package, as ``module:class``. Others join by the entry-point group ``accel.strategies``."""
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from accel_parallel.box import Box
+from accel_parallel.box import Box, boxes_of_range
 from accel_parallel.flat import FlatPart
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Box", "box_of", "in_memory", "is_divided", "is_sharded", "like", "local_of", "owned_pieces", "part_of",
-    "total_norm", "whole",
+    "range_of", "total_norm", "whole",
 ]  # fmt: skip
 
 
@@ -83,6 +83,8 @@ def _owns_part(tensor: torch.Tensor) -> bool:
 
 
 class _Stored(Protocol):
+    @property
+    def shape(self) -> torch.Size: ...
     def read(self, box: Box | None = None) -> torch.Tensor: ...
 
 
@@ -96,6 +98,22 @@ def part_of(value: torch.Tensor | _Stored, reference: torch.Tensor) -> torch.Ten
     if not isinstance(value, torch.Tensor):
         return value.read(box_of(reference))
     return value.to_local() if is_sharded(value) else value[box_of(reference).slices]
+
+
+def range_of(value: torch.Tensor | FlatPart | _Stored, start: int, numel: int) -> torch.Tensor:
+    """Elements of a tensor in row-major order, of one dim; from files only those are read.
+
+    Args:
+        value: whole, or stored in files, or a range that holds them all.
+        start: the first of them.
+        numel: how many.
+    """
+    if isinstance(value, FlatPart):
+        return value.local.narrow(0, start - value.start, numel)
+    if isinstance(value, torch.Tensor):
+        return value.reshape(-1).narrow(0, start, numel)
+    boxes = boxes_of_range(value.shape, start, numel)
+    return torch.cat([value.read(box).reshape(-1) for box in boxes]) if boxes else torch.empty(0)
 
 
 def in_memory(value: Any) -> Any:

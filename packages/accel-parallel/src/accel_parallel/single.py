@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from accel_parallel.parallelism import ParallelismConfig
     from accel_parallel.sequence.attention import SequenceParallel
 
-__all__ = ["SingleStrategy"]
+__all__ = ["SingleStrategy", "check_optimizer_state"]
 
 
 class SingleStrategy:
@@ -63,6 +63,19 @@ class SingleStrategy:
         self.place = place
         self.parallelism = parallelism
         self.dynamo = dynamo
+
+    @classmethod
+    def settle_options(cls, given: Any, *, precision: str) -> Any:
+        """What a run makes of the options that it was given for this strategy.
+
+        Args:
+            given: as the user gave them; ``None`` where nothing was.
+            precision: that the run computes in.
+
+        Raises:
+            ConfigError: for options that contradict it.
+        """
+        return given
 
     @property
     def average_size(self) -> int:
@@ -191,26 +204,19 @@ class SingleStrategy:
     def load_optimizer_state(
         self, optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: OptimizerState
     ) -> None:
-        if len(state.groups) != len(optimizer.param_groups):
-            raise CheckpointError(
-                f"The checkpoint's optimizer has {len(state.groups)} parameter groups and this one has "
-                f"{len(optimizer.param_groups)}. Build the optimizer as it was when the checkpoint was written."
-            )
+        ours = [
+            {names[parameter]: (list(parameter.shape), parameter.dtype) for parameter in group["params"]}
+            for group in optimizer.param_groups
+        ]
+        check_optimizer_state(ours, state)
         # torch wants positions: number the parameters of this optimizer and place each entry by its name.
-        position: dict[str, int] = {}
-        for present, saved in zip(optimizer.param_groups, state.groups, strict=True):
-            ours = [names[parameter] for parameter in present["params"]]
-            _refuse_other_names("a parameter group of the optimizer", set(ours), set(saved["params"]))
-            _refuse_other_parameters(dict(zip(ours, present["params"], strict=True)), saved)
-            for name in ours:
-                position[name] = len(position)
+        position = {name: number for number, name in enumerate(name for group in ours for name in group)}
         offset, groups = 0, []
         for present, saved in zip(optimizer.param_groups, state.groups, strict=True):
             count = len(present["params"])
             settings = {key: value for key, value in saved.items() if key not in ("param_shapes", "param_dtypes")}
             groups.append({**settings, "params": list(range(offset, offset + count))})
             offset += count
-        _refuse_other_names("the optimizer", set(position), set(state.state) | set(position))
         held = {
             name: {key: in_memory(value) for key, value in entries.items()} for name, entries in state.state.items()
         }
@@ -247,13 +253,37 @@ def _is_tensor(name: str, value: object) -> bool:
     )
 
 
-def _refuse_other_parameters(present: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> None:
+def check_optimizer_state(
+    present: Sequence[Mapping[str, tuple[list[int], torch.dtype]]], state: OptimizerState
+) -> None:
+    """Refuse a saved state that does not fit an optimizer, naming what differs.
+
+    Args:
+        present: for each group of the optimizer, shape and dtype of its parameters by name.
+        state: the saved one.
+
+    Raises:
+        CheckpointError: for other groups, names, shapes or dtypes.
+    """
+    if len(state.groups) != len(present):
+        raise CheckpointError(
+            f"The checkpoint's optimizer has {len(state.groups)} parameter groups and this one has "
+            f"{len(present)}. Build the optimizer as it was when the checkpoint was written."
+        )
+    for ours, saved in zip(present, state.groups, strict=True):
+        _refuse_other_names("a parameter group of the optimizer", set(ours), set(saved["params"]))
+        _refuse_other_parameters(ours, saved)
+    known = {name for ours in present for name in ours}
+    _refuse_other_names("the optimizer", known, set(state.state) | known)
+
+
+def _refuse_other_parameters(present: Mapping[str, tuple[list[int], torch.dtype]], saved: Mapping[str, Any]) -> None:
     for name, shape, dtype in zip(saved["params"], saved["param_shapes"], saved["param_dtypes"], strict=True):
-        ours = present[name]
-        if list(ours.shape) != list(shape) or ours.dtype != dtype:
+        our_shape, our_dtype = present[name]
+        if our_shape != list(shape) or our_dtype != dtype:
             raise CheckpointError(
                 f"The optimizer's state of `{name}` belongs to a parameter of shape {tuple(shape)} and {dtype}, and "
-                f"here it has shape {tuple(ours.shape)} and {ours.dtype}. Build the model as it was when the "
+                f"here it has shape {tuple(our_shape)} and {our_dtype}. Build the model as it was when the "
                 f"checkpoint was written."
             )
 

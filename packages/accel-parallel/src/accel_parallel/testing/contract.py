@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
 
@@ -17,11 +17,11 @@ from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.plugins import GradientAccumulationPlugin
 from accel_parallel.scheduler import PreparedScheduler
 from accel_parallel.select import strategy_class
-from accel_parallel.sharded import local_of, whole
+from accel_parallel.sharded import local_of
 from accel_parallel.strategy import Bundle, Duty, Strategy
 from accel_parallel.testing.reference import MAX_NORM, Step, Trace, reference_trace
 from accel_parallel.testing.scenarios import SCENARIOS, Scenario, batch, build, loss_of, taking_part
-from accel_parallel.testing.states import demand, state_failures
+from accel_parallel.testing.states import ReadGradients, demand, state_failures, whole_gradients
 from accel_state.process import Process, ProcessSettings
 from accel_state.testing import run_ranks
 from accel_state.topology import Topology
@@ -31,8 +31,6 @@ __all__ = ["TOLERANCES", "ReadGradients", "check_contract", "contract_states", "
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 2e-4}
 """Largest absolute difference from plain torch. In float32 a gradient near zero may turn its sign by rounding alone,
 and AdamW then moves by a part of the learning rate, 0.02, the other way."""
-
-ReadGradients = Callable[[Strategy, nn.Module], dict[str, torch.Tensor]]
 
 
 def check_contract(
@@ -79,7 +77,7 @@ def check_contract(
                 place = f"`{strategy_name}`, {world_size} process(es), {scenario.name}, rank {rank}"
                 _compare(place, traces[scenario.name], expected[topology.at(rank).data_rank], TOLERANCES[dtype])
         of_states = run_ranks(
-            contract_states, world_size, strategy_name, dtype, options, parallelism,
+            contract_states, world_size, strategy_name, dtype, options, parallelism, gradients,
             timeout_s=timeout_s, settings=settings,
         )  # fmt: skip
         for rank, failures in enumerate(of_states):
@@ -112,27 +110,20 @@ def contract_states(
     dtype: torch.dtype = torch.float64,
     options: Any = None,
     parallelism: ParallelismConfig | None = None,
+    gradients: ReadGradients | None = None,
 ) -> list[str]:
     """Save, restore, unwrap and train without exchange on this rank. Every rank must call this.
 
     Returns:
         What is wrong, in words.
     """
-    return state_failures(lambda: _make(strategy_name, options, parallelism), dtype)
+    made = partial(_make, strategy_name, options, parallelism)
+    return state_failures(made, dtype, gradients=gradients or whole_gradients)
 
 
 def _make(strategy_name: str, options: Any, parallelism: ParallelismConfig | None) -> Strategy:
     made: Strategy = strategy_class(strategy_name)(Process.current(), options=options, parallelism=parallelism)
     return made
-
-
-def whole_gradients(strategy: Strategy, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gradients by parameter name, gathered where they are distributed tensors."""
-    found = {}
-    for name, parameter in strategy.unwrap(model).named_parameters():
-        if parameter.grad is not None:
-            found[name] = whole(parameter.grad).clone()
-    return found
 
 
 class _Scaler:
@@ -179,11 +170,14 @@ class _Run:
         self.accumulation = Accumulation(plugin, strategy)
         self.scaler = _Scaler(enabled=bool(scenario.poisoned), reduce_found_inf=strategy.reduce_found_inf)
         models, optimizers = build(scenario.num_models, dtype)
-        bundle = strategy.prepare(Bundle(tuple(models), tuple(optimizers)))
+        bundle = strategy.prepare(Bundle(tuple(models), tuple(optimizers), num_steps=scenario.num_steps))
         self.models = bundle.models
         self.optimizers = [self._bind(optimizer) for optimizer in bundle.optimizers]
         self.schedulers = [
-            PreparedScheduler(StepLR(each, step_size=4, gamma=0.5), optimizers=[each]) for each in self.optimizers
+            PreparedScheduler(
+                strategy.scheduler_for(StepLR(each, step_size=4, gamma=0.5), each.optimizer), optimizers=[each]
+            )
+            for each in self.optimizers
         ]
         self.trace = Trace(steps=[[] for _ in self.models])
 
@@ -204,7 +198,7 @@ class _Run:
         return self.trace
 
     def _bind(self, optimizer: Optimizer) -> PreparedOptimizer:
-        window = self.accumulation.bind(p for group in optimizer.param_groups for p in group["params"])
+        window = self.accumulation.bind(self.strategy.trained_parameters(optimizer))
         return PreparedOptimizer(optimizer, window=window, strategy=self.strategy, scaler=self.scaler)
 
     def _left(self, index: int, group: Sequence[int]) -> int:
@@ -252,8 +246,7 @@ class _Run:
         if optimizer.window.sync:
             optimizer.unscale_()
             gradients = self.gradients(self.strategy, self.models[model])
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = self.strategy.clip_grad_norm_(parameters, MAX_NORM).item()
+            norm = self.strategy.clip_grad_norm_(optimizer.window.parameters, MAX_NORM).item()
             steps.append(Step(gradients, norm, optimizer.param_groups[0]["lr"], False))
         before = self.strategy.full_state(self.models[model])
         before = {name: value.clone() for name, value in before.items()}

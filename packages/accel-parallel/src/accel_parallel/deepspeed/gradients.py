@@ -1,0 +1,245 @@
+"""The gradients of one DeepSpeed engine, from the first backward of a window to its step.
+
+The caller owns the window: DeepSpeed runs with ``managed_gradient_accumulation: false``, so a backward only adds, and a
+step is the end. (Where DeepSpeed counts, two backwards before one step lose the first one's gradients at stages 1 and
+2.) What is to be done to gradients before the step is done in one of two ways. At stages 1 to 3 a step divides by the
+loss scale on its way, so every factor goes into that, wherever the gradients lie, be it on a disk. At stage 0 they are
+whole and lie in ``grad``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from accel_parallel.clip import gradients_of, scale_gradients_
+from accel_state.errors import ConfigError
+
+__all__ = ["Gradients", "gradients_held_by"]
+
+_EPSILON = 1e-6
+"""Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
+
+
+def gradients_held_by(engine: Any, parameters: Sequence[torch.Tensor], *, stage: int) -> Gradients:
+    """What holds the gradients of an engine with an optimizer."""
+    if stage == 0:
+        return _WholeGradients(engine, parameters)
+    return _DividedGradients(engine, parameters, stage=stage)
+
+
+class Gradients(ABC):
+    """What a window has gathered for its step."""
+
+    def __init__(self, engine: Any, parameters: Sequence[torch.Tensor]) -> None:
+        self.engine = engine
+        self.parameters = parameters
+        self.present = False
+        """Whether any backward ran since the last step."""
+        self.complete = False
+        """Whether they have been added up over ranks, after which none can be added."""
+        self.divisor: float | torch.Tensor = 1.0
+        """What the step divides them by, besides the loss scale."""
+
+    def backward(self, loss: torch.Tensor, *, retain_graph: bool) -> None:
+        """Add those of `loss`."""
+        if self.complete:
+            raise ConfigError(
+                "`backward` was called after the gradients of its window were clipped, and DeepSpeed has added them up "
+                "over the processes by then, so that no others can follow. Clip after the last backward of a window, "
+                "and step after that."
+            )
+        if self.divisor is not 1.0 and not _is_one(self.divisor):  # noqa: F632  # the same object, in most steps
+            loss = loss * self.divisor
+        self.present = True
+        self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
+
+    def divide(self, by: float | torch.Tensor) -> None:
+        """Let the step divide by a number, all that is there and all that is still to come."""
+        self.divisor = self.divisor * by
+
+    def clip(self, max_norm: float | None) -> torch.Tensor:
+        """Every rank must call this. Their norm; where `max_norm` is given, the step divides them down to it."""
+        if not self.present:
+            return torch.zeros(())
+        norm = self._norm()
+        if max_norm is not None:
+            self.divide(((norm + _EPSILON) / max_norm if max_norm > 0 else norm * math.inf).clamp(min=1.0))
+        return norm
+
+    def step(self) -> bool:
+        """Every rank must call this. Step and drop them; false if they were not finite and nothing was changed."""
+        if not self.present:
+            return True
+        self._before_step()
+        try:
+            with _finished(self.engine) if self.complete else _running():
+                self.engine.step()
+        finally:
+            self._after_step()
+        self.present, self.complete, self.divisor = False, False, 1.0
+        return bool(self.engine.was_step_applied())
+
+    def drop(self) -> None:
+        """Forget them."""
+        if self.present:
+            self._drop()
+        self.present, self.complete, self.divisor = False, False, 1.0
+
+    @abstractmethod
+    def clamp(self, bound: float) -> None:
+        """Every rank must call this. Bound each entry."""
+
+    @abstractmethod
+    def _norm(self) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _drop(self) -> None: ...
+
+    @abstractmethod
+    def _before_step(self) -> None: ...
+
+    @abstractmethod
+    def _after_step(self) -> None: ...
+
+
+class _WholeGradients(Gradients):
+    """Of stage 0: in ``grad``, alike on all ranks once they are averaged."""
+
+    def clamp(self, bound: float) -> None:
+        self._complete()
+        for gradient in gradients_of(self.parameters):
+            gradient.clamp_(-bound * self._scale, bound * self._scale)
+
+    def _norm(self) -> torch.Tensor:
+        self._complete()
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients_of(self.parameters)]
+        return torch.linalg.vector_norm(torch.stack(norms)) / self._scale
+
+    @property
+    def _scale(self) -> float:
+        return float(getattr(self.engine.optimizer, "cur_scale", 1.0))
+
+    def _complete(self) -> None:
+        if not self.complete:
+            with _boundary(self.engine):
+                self.engine.allreduce_gradients()
+            self.complete = True
+        if not _is_one(self.divisor):
+            scale_gradients_(gradients_of(self.parameters), 1.0 / self.divisor)
+            self.divisor = 1.0
+
+    def _drop(self) -> None:
+        self.engine.zero_grad()
+
+    def _before_step(self) -> None:
+        if not _is_one(self.divisor):
+            self._complete()
+
+    def _after_step(self) -> None: ...
+
+
+class _DividedGradients(Gradients):
+    """Of stages 1 to 3: this rank's parts, scaled by the loss scale, in buffers of DeepSpeed's optimizer."""
+
+    def __init__(self, engine: Any, parameters: Sequence[torch.Tensor], *, stage: int) -> None:
+        super().__init__(engine, parameters)
+        self._stage = stage
+        self._optimizer = engine.optimizer
+
+    def clamp(self, bound: float) -> None:
+        if self._optimizer.offload_optimizer if self._stage == 3 else self._optimizer.cpu_offload:
+            raise ConfigError(
+                "`clip_grad_value_` was called, and gradients of an offloaded optimizer are with it, their norms "
+                "counted already. Use `clip_grad_norm_`, or keep the optimizer on the device."
+            )
+        self._complete()
+        limit = bound * float(self._optimizer.loss_scale * self.divisor)
+        for parts in self._optimizer.averaged_gradients.values():
+            for part in parts or ():
+                part.clamp_(-limit, limit)
+
+    def _norm(self) -> torch.Tensor:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        self._complete()
+        optimizer = self._optimizer
+        scaled = (
+            combine_grad_norm_groups(optimizer._get_norm_groups())
+            if self._stage == 3
+            else (optimizer.scaled_global_norm())
+        )
+        scaled = torch.as_tensor(scaled)
+        found = scaled / (optimizer.loss_scale * torch.as_tensor(self.divisor, device=scaled.device))
+        return torch.where(scaled < 0, math.inf, found).to(torch.float32)  # below zero stands for one not finite
+
+    def _complete(self) -> None:
+        if self.complete:
+            return
+        with _boundary(self.engine):
+            if self._stage >= 2:
+                self._optimizer.finalize_gradient_accumulation_boundary()
+            else:
+                self.engine.allreduce_gradients()
+        self.complete = True
+
+    def _drop(self) -> None:
+        optimizer = self._optimizer
+        self._complete()  # what waits in buckets may belong to a sum that ranks have begun
+        optimizer.zero_grad(set_to_none=True)
+        if self._stage == 3:
+            optimizer.micro_step_id = 0
+            if optimizer.offload_optimizer:
+                optimizer.reset_cpu_buffers()
+            return
+        optimizer.micro_step_id = -1
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+        for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for key in held:
+                held[key] = None
+
+    def _before_step(self) -> None:
+        optimizer = self._optimizer
+        # A scale that grows in this very step is for the next window: these gradients have the present one.
+        optimizer.external_loss_scale = float(optimizer.loss_scaler.cur_scale * self.divisor)
+        optimizer.custom_loss_scaler = True
+
+    def _after_step(self) -> None:
+        self._optimizer.custom_loss_scaler = False
+
+
+@contextmanager
+def _boundary(engine: Any) -> Iterator[None]:
+    """While open, the engine takes itself for inside a step, where sums over ranks are due."""
+    engine._running_engine_step = True
+    try:
+        yield
+    finally:
+        engine._running_engine_step = False
+
+
+@contextmanager
+def _finished(engine: Any) -> Iterator[None]:
+    """While open, a step of the engine finds its gradients added up already."""
+    engine._config.managed_gradient_accumulation = True
+    engine._is_gradient_accumulation_boundary = True
+    try:
+        yield
+    finally:
+        engine._is_gradient_accumulation_boundary = None
+        engine._config.managed_gradient_accumulation = False
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    yield
+
+
+def _is_one(value: float | torch.Tensor) -> bool:
+    return not isinstance(value, torch.Tensor) and value == 1.0

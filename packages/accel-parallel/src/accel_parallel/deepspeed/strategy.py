@@ -1,0 +1,367 @@
+"""DeepSpeed behind the `Strategy` protocol: ZeRO 0 to 3 (Rajbhandari et al., arXiv:1910.02054), with its offload.
+
+DeepSpeed scales losses, steps, skips and divides. Windows, averaging, clipping by `clip_grad_norm_` and schedules stay
+where they are for every strategy, and checkpoints too: its own are pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from accel_parallel.clip import check_clip
+from accel_parallel.deepspeed.available import has_async_io, has_compiler
+from accel_parallel.deepspeed.building import adopt_group, build_engine
+from accel_parallel.deepspeed.config import CompletedConfig, DeepSpeedConfig, Facts, class_names_of, hidden_size_of
+from accel_parallel.deepspeed.gradients import Gradients, gradients_held_by
+from accel_parallel.deepspeed.options import DeepSpeedOptions, named_plugins
+from accel_parallel.deepspeed.placeholders import DummyScheduler
+from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
+from accel_parallel.deepspeed.refusing import refuse_bundle, refuse_clip
+from accel_parallel.deepspeed.states import EngineStates
+from accel_parallel.single import SingleStrategy, check_optimizer_state
+from accel_parallel.strategy import Bundle, Duty, OptimizerState
+from accel_state.errors import ConfigError
+from accel_state.logging import get_logger
+from accel_state.process import DistributedType, Process
+from accel_state.protocols import LossScaler
+from accel_state.topology import Axis
+
+if TYPE_CHECKING:
+    from accel_parallel.compilation import TorchDynamoPlugin
+    from accel_parallel.parallelism import ParallelismConfig
+
+__all__ = ["DeepSpeedStrategy"]
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """One model that DeepSpeed has."""
+
+    engine: Any
+    model: nn.Module
+    optimizer: Optimizer | None
+    config: CompletedConfig
+    states: EngineStates
+    gradients: Gradients | None
+
+
+class DeepSpeedStrategy(SingleStrategy):
+    """Hands each model to a DeepSpeed engine of its own, configured by the plugin that is selected then."""
+
+    name = "deepspeed"
+    owns = frozenset({Duty.SCALE, Duty.STEP})
+    options_type = DeepSpeedPlugin
+    axes: frozenset[Axis] = frozenset({"dp_replicate", "dp_shard", "sp", "tp"})
+    distributed_type = DistributedType.DEEPSPEED
+
+    def __init__(
+        self,
+        process: Process,
+        *,
+        place: bool = True,
+        options: DeepSpeedOptions | DeepSpeedPlugin | Mapping[str, DeepSpeedPlugin] | None = None,
+        parallelism: ParallelismConfig | None = None,
+        dynamo: TorchDynamoPlugin | None = None,
+    ) -> None:
+        """Every rank must call this: it makes the process group where there is none."""
+        if not place:
+            raise ConfigError(
+                "`device_placement=False` leaves models where they are, and DeepSpeed moves them to the process's "
+                "device. Leave it out with DeepSpeed."
+            )
+        super().__init__(process, options=None, parallelism=parallelism, dynamo=dynamo)
+        if not isinstance(options, DeepSpeedOptions):
+            options = DeepSpeedOptions(plugins=named_plugins(options))
+        self.options = options
+        self._configs = {name: DeepSpeedConfig.of(plugin) for name, plugin in options.plugins.items()}
+        self._selected = next(iter(options.plugins))
+        adopt_group(process)
+        self._prepared: list[_Prepared] = []
+
+    @classmethod
+    def settle_options(cls, given: Any, *, precision: str) -> DeepSpeedOptions:
+        return DeepSpeedOptions(plugins=named_plugins(given), precision=precision)
+
+    # Plugins
+
+    @property
+    def plugins(self) -> Mapping[str, DeepSpeedPlugin]:
+        """All of them, by name."""
+        return self.options.plugins
+
+    @property
+    def plugin(self) -> DeepSpeedPlugin:
+        """The one that the next model is prepared with."""
+        return self.options.plugins[self._selected]
+
+    def select_plugin(self, name: str) -> None:
+        """Prepare models from now on with the plugin of that name.
+
+        Raises:
+            ConfigError: naming those that there are.
+        """
+        self.options.find(name)
+        self._selected = name
+
+    # What the protocol asks for
+
+    @property
+    def average_size(self) -> int:
+        return self.process.topology.world_size
+
+    @property
+    def state_layout(self) -> str:
+        return "sharded" if any(each.states.stage > 0 for each in self._prepared) else "full"
+
+    def trained_parameters(self, optimizer: Optimizer) -> list[torch.Tensor]:
+        return [p for group in self._of_optimizer(optimizer).states.groups for p in group]
+
+    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        if self.process.topology.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def prepare(self, bundle: Bundle) -> Bundle:
+        """As of every strategy. Every rank must call this.
+
+        Raises:
+            ConfigError: for what DeepSpeed cannot train; nothing is changed then.
+        """
+        trained = refuse_bundle(bundle, prepared=[each.model for each in self._prepared if each.optimizer is not None])
+        models: list[nn.Module] = []
+        optimizers: list[Optimizer] = []
+        for model in bundle.models:
+            optimizer = bundle.optimizers[0] if model is trained else None
+            prepared = self._engine_of(model, optimizer, bundle)
+            models.append(model if prepared is None else prepared.engine)
+            if prepared is not None and prepared.optimizer is not None:
+                optimizers.append(prepared.optimizer)
+        return Bundle(tuple(models), tuple(optimizers))
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """As of every strategy.
+
+        Raises:
+            ConfigError: without a trained model, or for other arguments than ``retain_graph``.
+        """
+        retain_graph = kwargs.pop("retain_graph", False)
+        if kwargs:
+            raise ConfigError(
+                f"`backward` was called with {', '.join(f'`{name}`' for name in kwargs)}, which DeepSpeed's backward "
+                f"does not take. Only `retain_graph` has an effect there; leave the others out."
+            )
+        self._trained.backward(loss, retain_graph=bool(retain_graph))
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()  # nothing that is seen outside is exchanged before a step
+
+    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def join(
+        self, models: Sequence[nn.Module], *, settle: Callable[[int], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """Refused: DeepSpeed's exchanges need all ranks."""
+        raise ConfigError(
+            "`join_uneven_inputs` was entered with a model of DeepSpeed, whose steps need all ranks, so that one "
+            "without a batch would stop the others. Train with even batches, and pass `num_items` where repeated "
+            "samples must not count."
+        )
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    ) -> torch.Tensor:
+        check_clip(max_norm, norm_type)
+        gradients = self._trained
+        configured = refuse_clip(self._only, parameters, max_norm, norm_type)
+        return gradients.clip(None if configured else max_norm)
+
+    def grad_norm(self, parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+        """Not known before a window ends: what DeepSpeed has by then are sums of this rank alone, or parts of them."""
+        return torch.full((), float("nan"), device=self.process.device)
+
+    def clip_grad_value_(self, parameters: Iterable[torch.Tensor], clip_value: float) -> None:
+        gradients = self._trained
+        if gradients.present:
+            gradients.clamp(clip_value)
+
+    def scale_gradients_(self, parameters: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
+        self._trained.divide(1.0 / factor)
+
+    def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
+        gradients = self._of_optimizer(optimizer).gradients
+        assert gradients is not None
+        gradients.drop()
+
+    def step(self, optimizer: Optimizer, *, scaler: LossScaler, closure: Callable[[], Any] | None = None) -> bool:
+        """As of every strategy. Every rank must call this.
+
+        Raises:
+            ConfigError: for a `closure`, which DeepSpeed's optimizers do not call.
+        """
+        if closure is not None:
+            raise ConfigError(
+                "`step(closure)` was called, and DeepSpeed steps on gradients that are there already. Call `backward` "
+                "and `step()`; an optimizer that needs a closure, such as LBFGS, cannot be used with DeepSpeed."
+            )
+        gradients = self._of_optimizer(optimizer).gradients
+        assert gradients is not None
+        return gradients.step()
+
+    def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        found = self._of_model(model)
+        return super().model_state(model) if found is None else found.states.model_state()  # type: ignore[return-value]
+
+    def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        found = self._of_model(model)
+        if found is None:
+            super().load_model_state(model, state)
+            return
+        self.check_model_state(found.states.model_state(), state)  # type: ignore[arg-type]
+        found.states.load_model_state(state)
+
+    def optimizer_state(self, optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> OptimizerState:
+        states = self._of_optimizer(optimizer).states
+        groups = []
+        for live, parameters in zip(optimizer.param_groups, states.groups, strict=True):
+            described = [states.described(parameter) for parameter in parameters]
+            groups.append(
+                {
+                    **{key: value for key, value in live.items() if key != "params"},
+                    "params": [names[parameter] for parameter in parameters],
+                    "param_shapes": [shape for shape, _ in described],
+                    "param_dtypes": [dtype for _, dtype in described],
+                }
+            )
+        return OptimizerState(state=states.optimizer_state(names), groups=groups, engine=states.engine_state())
+
+    def load_optimizer_state(
+        self, optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: OptimizerState
+    ) -> None:
+        states = self._of_optimizer(optimizer).states
+        ours = [
+            {names[parameter]: states.described(parameter) for parameter in parameters} for parameters in states.groups
+        ]
+        check_optimizer_state(ours, state)
+        states.load_optimizer_state(names, state.state)
+        for live, saved in zip(optimizer.param_groups, state.groups, strict=True):
+            live.update(
+                {key: value for key, value in saved.items() if key not in ("params", "param_shapes", "param_dtypes")}
+            )
+        states.load_engine_state(state.engine)
+
+    def full_state(self, model: nn.Module, *, everywhere: bool = True) -> dict[str, torch.Tensor]:
+        found = self._of_model(model)
+        return super().model_state(model) if found is None else found.states.full_state(everywhere=everywhere)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        for each in self._prepared:
+            if model is each.engine:
+                return each.model
+        return super().unwrap(model)
+
+    def scheduler_for(self, scheduler: Any, optimizer: Optimizer) -> Any:
+        if not isinstance(scheduler, DummyScheduler):
+            return scheduler
+        section = self._of_optimizer(optimizer).config.scheduler
+        if section is None:
+            assert scheduler.lr_scheduler_callable is not None
+            return scheduler.lr_scheduler_callable(optimizer)
+        from deepspeed.runtime import lr_schedules
+
+        return getattr(lr_schedules, section.type)(optimizer, **section.params)
+
+    def release(self) -> None:
+        for each in self._prepared:
+            each.engine.destroy()
+        self._prepared.clear()
+
+    # One model
+
+    def _engine_of(self, model: nn.Module, optimizer: Optimizer | None, bundle: Bundle) -> _Prepared | None:
+        """What DeepSpeed makes of a model; ``None`` where there is nothing to divide, and it is only moved."""
+        config = self._complete(model, optimizer, bundle)
+        if optimizer is None and config.stage < 3:
+            model.to(self.process.device)
+            self.compile(model)
+            return None
+        logger.info("DeepSpeed is configured by the plugin %r:\n%s", self._selected, config.explain())
+        for warning in config.warnings:
+            logger.warning("%s", warning)
+        groups = [] if optimizer is None else [_trainable(group["params"]) for group in optimizer.param_groups]
+        engine = build_engine(model, optimizer, config.values, extra={})
+        self._compile_engine(engine, model)
+        stage = config.stage
+        parameters = [parameter for group in groups for parameter in group]
+        prepared = _Prepared(
+            engine=engine,
+            model=model,
+            optimizer=None if optimizer is None else engine.basic_optimizer,
+            config=config,
+            states=EngineStates(engine, model, [group for group in groups if group], stage=stage),
+            gradients=None if optimizer is None else gradients_held_by(engine, parameters, stage=stage),
+        )
+        self._prepared.append(prepared)
+        return prepared
+
+    def _complete(self, model: nn.Module, optimizer: Optimizer | None, bundle: Bundle) -> CompletedConfig:
+        config = self._configs[self._selected]
+        placeholders = [each for each in bundle.schedulers if isinstance(each, DummyScheduler)]
+        shape = self.process.topology.shape
+        facts = Facts(
+            world_size=self.average_size,
+            micro_batch_size=bundle.batch_size,
+            num_steps=bundle.num_steps,
+            precision=self.options.precision,
+            precision_source=self.options.precision_source,
+            hidden_size=hidden_size_of(model),
+            module_classes=class_names_of(model),
+            optimizer=optimizer,
+            scheduler=placeholders[0] if placeholders and optimizer is not None else None,
+            tp_size=shape.tp,
+            sp_size=shape.sp,
+            device_type=self.process.device.type,
+            has_compiler=has_compiler(),
+            has_async_io="nvme" not in config.offload_devices or has_async_io(),
+        )
+        return config.complete(facts)
+
+    def _compile_engine(self, engine: Any, model: nn.Module) -> None:
+        self.compile(model)
+
+    @property
+    def _only(self) -> _Prepared:
+        for each in self._prepared:
+            if each.gradients is not None:
+                return each
+        raise ConfigError(
+            "`backward` or clipping was called, and no model was prepared together with an optimizer. Prepare both in "
+            "one call: `model, optimizer = accelerator.prepare(model, optimizer)`."
+        )
+
+    @property
+    def _trained(self) -> Gradients:
+        gradients = self._only.gradients
+        assert gradients is not None
+        return gradients
+
+    def _of_model(self, model: nn.Module) -> _Prepared | None:
+        return next((each for each in self._prepared if model is each.engine or model is each.model), None)
+
+    def _of_optimizer(self, optimizer: Optimizer) -> _Prepared:
+        return next(each for each in self._prepared if each.optimizer is optimizer)
+
+
+def _trainable(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
