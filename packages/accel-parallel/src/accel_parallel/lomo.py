@@ -75,8 +75,16 @@ class FusedOptimizer(PreparedOptimizer):
     A schedule follows its steps, as it does those of others; the rate is that of its first parameter group.
     """
 
-    def __init__(self, optimizer: Optimizer, *, window: Window, strategy: Strategy, scaler: LossScaler) -> None:
-        super().__init__(optimizer, window=window, strategy=strategy, scaler=scaler)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        window: Window,
+        strategy: Strategy,
+        scaler: LossScaler,
+        given: Optimizer | None = None,
+    ) -> None:
+        super().__init__(optimizer, window=window, strategy=strategy, scaler=scaler, given=given)
         self._run: Callable[[torch.Tensor, float], Any] = optimizer.fused_backward  # type: ignore[attr-defined]
 
     def run_backward(self, loss: torch.Tensor, learning_rate: float | None, kwargs: dict[str, Any]) -> None:

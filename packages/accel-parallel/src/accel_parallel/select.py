@@ -21,14 +21,19 @@ BUILT_IN: dict[str, str] = {
 """Strategies of this package, as ``module:class``. Others join by the entry-point group ``accel.strategies``."""
 
 
-def select_strategy(*, world_size: int, mesh: MeshShape | None = None, fsdp: bool = False) -> str:
+def select_strategy(
+    *, world_size: int, mesh: MeshShape | None = None, fsdp: bool = False, deepspeed: bool = False
+) -> str:
     """Name of the strategy for a world, when none is asked for by name. Pure.
 
     Args:
         world_size: number of processes.
         mesh: how the world is divided; copies of the model alone are DDP's, everything else is FSDP's.
         fsdp: whether options of FSDP were given.
+        deepspeed: whether options of DeepSpeed were.
     """
+    if deepspeed:
+        return "deepspeed"
     if fsdp or (mesh is not None and mesh.dp_replicate != world_size):
         return "fsdp"
     return "single" if world_size == 1 else "ddp"

@@ -65,11 +65,27 @@ class SingleStrategy:
         self.dynamo = dynamo
 
     @classmethod
-    def settle_options(cls, given: Any, *, precision: str) -> Any:
+    def settings_in(cls, given: Any) -> dict[str, tuple[Any, str]]:
+        """Settings of the run that options for this strategy say too, with where they say it.
+
+        Args:
+            given: as the user gave them; ``None`` where nothing was.
+
+        Returns:
+            Any of ``mixed_precision`` and ``gradient_accumulation_steps``.
+        """
+        return {}
+
+    @classmethod
+    def settle_options(
+        cls, given: Any, *, process: Process, parallelism: ParallelismConfig | None, precision: str
+    ) -> Any:
         """What a run makes of the options that it was given for this strategy.
 
         Args:
             given: as the user gave them; ``None`` where nothing was.
+            process: the open process.
+            parallelism: as the user gave it.
             precision: that the run computes in.
 
         Raises:

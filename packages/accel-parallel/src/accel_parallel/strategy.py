@@ -70,7 +70,8 @@ class Strategy(Protocol):
 
     The `Accelerator` calls it, never branching on which one it is. ``prepare``, the state functions and
     ``clip_grad_norm_`` are called by every rank, in the same order; so is ``backward`` while gradients are exchanged.
-    Made by ``cls(process, place=..., options=..., parallelism=..., dynamo=...)``.
+    Made by ``cls(process, place=..., options=..., parallelism=..., dynamo=...)``, once ``cls.settings_in`` and
+    ``cls.settle_options`` have looked at the options, as of `SingleStrategy`.
     """
 
     name: str

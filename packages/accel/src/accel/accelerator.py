@@ -16,18 +16,20 @@ from torch.utils.data import DataLoader
 
 from accel.engine import Engine, refuse_inside, refuse_saving
 from accel.handlers import KwargsHandler, by_type
+from accel.kinds import kind_of
 from accel.loops import Loops
 from accel.metrics import current_batch, gather_for_metrics
 from accel.planning import as_request, settle
 from accel.process_view import ProcessView
 from accel.project import ProjectConfiguration, settled
-from accel.resolve import resolve
+from accel.resolve import open_process, resolve
+from accel.run_state import RunState
 from accel.saving import LoadHook, SaveHook, Saving
-from accel.spreading import dynamo_plugin_of, make_strategy, mesh_shape
+from accel.spreading import asked_for, dynamo_plugin_of, make_strategy, mesh_shape
 from accel.tracking import Tracking
 from accel.uneven import join_uneven_inputs
 from accel_data.configuration import DataLoaderConfiguration
-from accel_data.convert import is_loader, prepare_data_loader
+from accel_data.convert import prepare_data_loader
 from accel_parallel.plugins import GradientAccumulationPlugin, InitProcessGroupKwargs
 from accel_parallel.strategy import Strategy
 from accel_precision.policy import precision
@@ -36,14 +38,14 @@ from accel_state.config import LaunchSettings, MixedPrecision, RunConfig
 from accel_state.env import detect
 from accel_state.errors import ConfigError
 from accel_state.memory import release_memory
-from accel_state.process import DistributedType, Process, ProcessSettings
+from accel_state.process import DistributedType, Process
 from accel_state.protocols import StatefulLoader, Tracker
-from accel_state.topology import MeshShape
 from accel_track import LogWith
 
 if TYPE_CHECKING:
     from accel_parallel.auto import AutoParallelism, Plan
     from accel_parallel.compilation import TorchDynamoPlugin
+    from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
     from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
     from accel_parallel.parallelism import ParallelismConfig
 
@@ -80,6 +82,8 @@ class Accelerator(ProcessView):
         step_scheduler_with_optimizer: bool = True,
         strategy: str | None = None,
         fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
+        deepspeed_plugin: DeepSpeedPlugin | None = None,
+        deepspeed_plugins: Mapping[str, DeepSpeedPlugin] | None = None,
         parallelism_config: ParallelismConfig | None = None,
         parallelism: Literal["auto"] | AutoParallelism | None = None,
         dynamo_plugin: TorchDynamoPlugin | None = None,
@@ -103,6 +107,8 @@ class Accelerator(ProcessView):
             step_scheduler_with_optimizer: ``False`` lets every ``scheduler.step()`` through.
             strategy: name of the strategy, such as one of another package; by default what the rest asks for.
             fsdp_plugin: shard models over the processes, with these options.
+            deepspeed_plugin: train with DeepSpeed, configured so.
+            deepspeed_plugins: the same for several models, by name; ``state.select_deepspeed_plugin`` chooses.
             parallelism_config: how many processes each kind of parallelism gets.
             parallelism: ``"auto"`` chooses the strategy and its options when the model is prepared, by predicted memory
                 and time, and prints why; `AutoParallelism` says more about it.
@@ -121,28 +127,35 @@ class Accelerator(ProcessView):
                 f"length. Give one of them."
             )
         plugin = gradient_accumulation_plugin
+        asked = asked_for(strategy, fsdp_plugin, deepspeed_plugin, deepspeed_plugins)
+        computes, computes_by = asked.said("mixed_precision", mixed_precision)
+        steps = plugin.num_steps if plugin else gradient_accumulation_steps
+        num_steps, counted_by = asked.said("gradient_accumulation_steps", steps)
         environment = Process.current().environment if Process.is_open() else detect()
         group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
         self.config: RunConfig = resolve(
             {
                 "device": "cpu" if cpu else None,
-                "mixed_precision": mixed_precision,
-                "gradient_accumulation_steps": plugin.num_steps if plugin else gradient_accumulation_steps,
+                "mixed_precision": computes,
+                "gradient_accumulation_steps": num_steps,
                 "backend": group.backend if group else None,
                 "timeout_s": group.timeout.total_seconds() if group and group.timeout else None,
                 "project_dir": None if project_dir is None else str(project_dir),
             },
             LaunchSettings.from_json(environment.run_config),
+            sources={"mixed_precision": computes_by, "gradient_accumulation_steps": counted_by},
         )
         """Every setting, with its source."""
         world_size = environment.topology().world_size
         self.parallelism_config = parallelism_config
         """How many processes each kind of parallelism was given; ``None`` where nothing was asked for."""
-        chosen_by = {"strategy": strategy, "fsdp_plugin": fsdp_plugin, "parallelism_config": parallelism_config}
+        chosen_by = {
+            "strategy": strategy, asked.argument or "": asked.options, "parallelism_config": parallelism_config
+        }  # fmt: skip
         self._request = as_request(parallelism, chosen_by)
         self.plan: Plan | None = None
         """What ``parallelism="auto"`` chose, once a model is prepared."""
-        self.process = _open(self.config, mesh_shape(parallelism_config, world_size))
+        self.process = open_process(self.config, mesh_shape(parallelism_config, world_size))
         self.project_configuration = settled(project_config, self.config)
         """Folders of this run."""
         self._data = dataloader_config or DataLoaderConfiguration()
@@ -165,7 +178,7 @@ class Accelerator(ProcessView):
             precision=computed_in.name,
         )
         self._engine = Engine(
-            strategy=self._spread(name=strategy, fsdp_plugin=fsdp_plugin, parallelism=parallelism_config),
+            strategy=self._spread(name=asked.strategy, options=asked.options, parallelism=parallelism_config),
             precision=computed_in,
             accumulation=plugin or GradientAccumulationPlugin(num_steps=self.config.gradient_accumulation_steps),
             loops=self._loops,
@@ -184,6 +197,11 @@ class Accelerator(ProcessView):
     def strategy(self) -> Strategy:
         """How models are spread over the processes."""
         return self._engine.strategy
+
+    @property
+    def state(self) -> RunState:
+        """What is in force now; chooses among several plugins of DeepSpeed."""
+        return RunState(self.strategy, self.mixed_precision, self.process)
 
     @property
     def distributed_type(self) -> DistributedType:
@@ -224,25 +242,21 @@ class Accelerator(ProcessView):
             ConfigError: for anything else, and for what `accel_parallel.audit` refuses.
         """
         self._together("prepare")
-        kinds = [_kind(index, each) for index, each in enumerate(objects)]
+        kinds = [kind_of(index, each) for index, each in enumerate(objects)]
         given = {
             kind: [each for each, own in zip(objects, kinds, strict=True) if own == kind]
-            for kind in ("model", "optimizer", "loader")
+            for kind in ("model", "optimizer", "loader", "scheduler")
         }
         if self._request is not None and given["model"]:
             self._follow_plan(self._request, given)
-        bundle = self._engine.prepare(given["model"], given["optimizer"])
-        models, optimizers = iter(bundle.models), iter(bundle.optimizers)
-        prepared: list[Any] = []
-        for each, kind in zip(objects, kinds, strict=True):
-            if kind == "model":
-                prepared.append(next(models))
-            elif kind == "optimizer":
-                prepared.append(next(optimizers))
-            elif kind == "loader":
-                prepared.append(self._prepare_loader(each))
-            else:
-                prepared.append(self._engine.prepare_scheduler(each, follow=self._follow))
+        loaders = [self._prepare_loader(each) for each in given["loader"]]
+        batch_size = next((getattr(each, "batch_size", None) for each in (*loaders, *self._loaders)), None)
+        bundle = self._engine.prepare(given["model"], given["optimizer"], given["scheduler"], batch_size)
+        ready = {"model": iter(bundle.models), "optimizer": iter(bundle.optimizers), "loader": iter(loaders)}
+        prepared = [
+            self._engine.prepare_scheduler(each, follow=self._follow) if kind == "scheduler" else next(ready[kind])
+            for each, kind in zip(objects, kinds, strict=True)
+        ]
         return prepared[0] if len(prepared) == 1 else tuple(prepared)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -563,30 +577,3 @@ class Accelerator(ProcessView):
         if not any(known is prepared for known in self._loaders):
             self._loaders.append(prepared)
         return prepared
-
-
-def _open(config: RunConfig, mesh: MeshShape | None) -> Process:
-    return Process.open(
-        ProcessSettings(
-            mesh=mesh,
-            device=config.device,
-            backend=config.backend,
-            timeout_s=config.timeout_s,
-            check_collectives=config.check_collectives,
-        )
-    )
-
-
-def _kind(index: int, each: Any) -> str:
-    if isinstance(each, nn.Module):
-        return "model"
-    if isinstance(each, Optimizer):
-        return "optimizer"
-    if isinstance(each, StatefulLoader) or is_loader(each):
-        return "loader"
-    if all(callable(getattr(each, method, None)) for method in ("step", "state_dict", "load_state_dict")):
-        return "scheduler"
-    raise ConfigError(
-        f"`prepare` was given a {type(each).__name__} as argument number {index + 1}, and it prepares models, "
-        f"optimizers, data loaders and learning-rate schedulers. Leave it out of the call."
-    )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Spread", "as_request", "plan_run", "settle"]
 
 Spread = Callable[..., Strategy]
-"""Makes a strategy from its ``name``, ``fsdp_plugin`` and ``parallelism``."""
+"""Makes a strategy from its ``name``, ``options`` and ``parallelism``."""
 
 
 def as_request(parallelism: str | AutoParallelism | None, others: Mapping[str, object]) -> AutoParallelism | None:
@@ -150,7 +150,7 @@ def settle(
         from accel_parallel.recompute import checkpoint_activations
 
         checkpoint_activations(models[0])
-    engine.adopt(spread(name=plan.strategy, fsdp_plugin=plan.fsdp_plugin(), parallelism=plan.parallelism))
+    engine.adopt(spread(name=plan.strategy, options=plan.fsdp_plugin(), parallelism=plan.parallelism))
     return plan
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from accel_parallel.plugins import DistributedDataParallelKwargs
 from accel_parallel.select import select_strategy, strategy_class
@@ -17,10 +15,11 @@ from accel_state.topology import AXES, MeshShape
 
 if TYPE_CHECKING:
     from accel_parallel.compilation import TorchDynamoPlugin
+    from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
     from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
     from accel_parallel.parallelism import ParallelismConfig
 
-__all__ = ["dynamo_plugin_of", "make_strategy", "mesh_shape"]
+__all__ = ["Asked", "asked_for", "dynamo_plugin_of", "make_strategy", "mesh_shape"]
 
 
 def mesh_shape(parallelism: ParallelismConfig | None, world_size: int) -> MeshShape | None:
@@ -49,13 +48,77 @@ def dynamo_plugin_of(plugin: TorchDynamoPlugin | None, backend: str | None) -> T
     return TorchDynamoPlugin(backend=backend.lower())
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the arguments say about how models are spread."""
+
+    strategy: str | None
+    """Name of the strategy; ``None`` leaves it to the world."""
+    options: Any = None
+    """Of that strategy; ``None`` where none were given."""
+    argument: str | None = None
+    """That gave the options."""
+
+    def said(self, name: str, given: Any) -> tuple[Any, str | None]:
+        """A setting of the run that the options may say too: its value, and where they said it.
+
+        Raises:
+            ConfigError: if the argument of that name has another value.
+        """
+        if self.options is None or self.strategy is None:
+            return given, None
+        value, source = strategy_class(self.strategy).settings_in(self.options).get(name, (None, None))
+        if value is not None and given is not None and value != given:
+            raise ConfigError(
+                f"`{name}={given!r}` was given to the Accelerator, and {source} says {value!r}. Give it in one of the "
+                f"two places, or the same in both."
+            )
+        return (given, None) if value is None else (value, source)
+
+
+def asked_for(
+    strategy: str | None,
+    fsdp_plugin: FullyShardedDataParallelPlugin | None,
+    deepspeed_plugin: DeepSpeedPlugin | None,
+    deepspeed_plugins: Mapping[str, DeepSpeedPlugin] | None,
+) -> Asked:
+    """What the arguments of the `Accelerator` ask for together.
+
+    Raises:
+        ConfigError: for two engines at once, or options of another strategy than the named one.
+    """
+    given = [
+        Asked(name, options, argument)
+        for name, argument, options in (
+            ("fsdp", "fsdp_plugin", fsdp_plugin),
+            ("deepspeed", "deepspeed_plugin", deepspeed_plugin),
+            ("deepspeed", "deepspeed_plugins", deepspeed_plugins),
+        )
+        if options is not None
+    ]
+    if len(given) > 1:
+        raise ConfigError(
+            f"`{given[0].argument}` and `{given[1].argument}` were both given, and one engine spreads the models of a "
+            f"run. Give one of them; several models with DeepSpeed share one `deepspeed_plugins`."
+        )
+    if not given:
+        return Asked(strategy)
+    (asked,) = given
+    if strategy not in (None, asked.strategy):
+        raise ConfigError(
+            f"`{asked.argument}` was given, and it has no effect on the strategy `{strategy}` that was asked for. "
+            f"Leave one of them out."
+        )
+    return asked
+
+
 def make_strategy(
     process: Process,
     *,
     name: str | None,
+    options: Any,
     place: bool,
     handlers: Mapping[type, Any],
-    fsdp_plugin: FullyShardedDataParallelPlugin | None,
     parallelism: ParallelismConfig | None,
     dynamo: TorchDynamoPlugin | None,
     precision: str,
@@ -64,69 +127,26 @@ def make_strategy(
 
     Args:
         process: the open process.
-        name: of the strategy that was asked for; ``None`` leaves it to what else was given.
+        name: of the strategy that was asked for; ``None`` leaves it to the world.
+        options: for it, where there are any but a handler.
         place: whether models are moved to its device.
         handlers: options by their class.
-        fsdp_plugin: options of FSDP, which ask for it.
         parallelism: as the user gave it.
         dynamo: how models are compiled, if at all.
-        precision: that the run computes in, which FSDP's own follows unless it says otherwise.
+        precision: that the run computes in.
 
     Raises:
         ConfigError: for options that would have no effect, or a mesh that the strategy cannot make.
     """
     shape = process.topology.shape
-    name = name or select_strategy(world_size=process.topology.world_size, mesh=shape, fsdp=fsdp_plugin is not None)
+    name = name or select_strategy(world_size=process.topology.world_size, mesh=shape)
     made = strategy_class(name)
-    sharding = _sharding_options(made)
-    if fsdp_plugin is not None and sharding is None:
-        raise ConfigError(
-            f"`fsdp_plugin` was given, and it has no effect on the strategy `{name}` that was asked for. "
-            f"Leave one of them out."
-        )
     _refuse_without_effect(process, made, name, handlers)
-    options = handlers.get(made.options_type)
-    if sharding is not None:
-        options = fsdp_plugin or sharding()
-        _refuse_nothing_to_share(process, parallelism)
-        if options.mixed_precision_policy is None and precision != "no":
-            options = replace(options, mixed_precision_policy=precision)
-        _refuse_other_precision(options, precision)
+    given = handlers.get(made.options_type) if options is None else options
+    settled = made.settle_options(given, process=process, parallelism=parallelism, precision=precision)
     _refuse_axes(made, name, shape)
-    strategy: Strategy = made(process, place=place, options=options, parallelism=parallelism, dynamo=dynamo)
+    strategy: Strategy = made(process, place=place, options=settled, parallelism=parallelism, dynamo=dynamo)
     return strategy
-
-
-def _sharding_options(made: Any) -> type[FullyShardedDataParallelPlugin] | None:
-    """The class of FSDP's options, where a strategy takes them. Only imported for one that can shard."""
-    if "dp_shard" not in made.axes:
-        return None
-    from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
-
-    return FullyShardedDataParallelPlugin if made.options_type is FullyShardedDataParallelPlugin else None
-
-
-def _refuse_nothing_to_share(process: Process, parallelism: ParallelismConfig | None) -> None:
-    shape = process.topology.shape
-    if parallelism is not None and process.topology.world_size == shape.dp_replicate > 1:
-        raise ConfigError(
-            f"`fsdp_plugin` shards a model over processes, and `ParallelismConfig(dp_replicate_size="
-            f"{shape.dp_replicate})` gives each a whole copy. Set `dp_shard_size={shape.dp_replicate}` instead, or "
-            f"leave the plugin out."
-        )
-
-
-def _refuse_other_precision(options: FullyShardedDataParallelPlugin, precision: str) -> None:
-    """Gathering in a narrow type that the run does not compute in: float16 without loss scaling, or twice rounded."""
-    from accel_parallel.fsdp.strategy import precision_policy
-
-    computed = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(precision_policy(options).param_dtype)
-    if computed == "fp16" != precision or (computed == "bf16" and precision == "fp16"):
-        raise ConfigError(
-            f"`mixed_precision_policy={options.mixed_precision_policy!r}` computes in {computed}, and the run's "
-            f"`mixed_precision={precision!r}` decides on loss scaling and autocast. Set `mixed_precision={computed!r}` "
-            f"and leave the policy out, or give it the same type."
-        )
 
 
 def _refuse_without_effect(process: Process, made: Any, name: str, handlers: Mapping[type, Any]) -> None:

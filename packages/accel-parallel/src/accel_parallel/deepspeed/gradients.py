@@ -119,7 +119,8 @@ class _WholeGradients(Gradients):
     def _norm(self) -> torch.Tensor:
         self._complete()
         norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients_of(self.parameters)]
-        return torch.linalg.vector_norm(torch.stack(norms)) / self._scale
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms)) / self._scale
+        return norm
 
     @property
     def _scale(self) -> float:
@@ -165,7 +166,7 @@ class _DividedGradients(Gradients):
                 part.clamp_(-limit, limit)
 
     def _norm(self) -> torch.Tensor:
-        from deepspeed.runtime.utils import combine_grad_norm_groups
+        from deepspeed.runtime.utils import combine_grad_norm_groups  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         self._complete()
         optimizer = self._optimizer

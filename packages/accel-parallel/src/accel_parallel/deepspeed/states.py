@@ -259,6 +259,6 @@ def _gathered(tensor: torch.Tensor, *, modified: bool = False) -> Any:
     """While open, all of a parameter of stage 3 is there, to be changed by the main process."""
     if not hasattr(tensor, "ds_tensor"):
         return nullcontext()
-    from deepspeed import zero
+    from deepspeed import zero  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     return zero.GatheredParameters([tensor], modifier_rank=0 if modified else None)

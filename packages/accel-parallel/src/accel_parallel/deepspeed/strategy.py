@@ -89,8 +89,22 @@ class DeepSpeedStrategy(SingleStrategy):
         self._prepared: list[_Prepared] = []
 
     @classmethod
-    def settle_options(cls, given: Any, *, precision: str) -> DeepSpeedOptions:
-        return DeepSpeedOptions(plugins=named_plugins(given), precision=precision)
+    def settings_in(cls, given: Any) -> dict[str, tuple[Any, str]]:
+        found: dict[str, tuple[Any, str]] = {}
+        for plugin in named_plugins(given).values():
+            config = DeepSpeedConfig.of(plugin)
+            if config.precision is not None:
+                found.setdefault("mixed_precision", (config.precision, config.precision_source))
+            if config.gradient_accumulation_steps is not None:
+                said = config.source("gradient_accumulation_steps")
+                found.setdefault("gradient_accumulation_steps", (config.gradient_accumulation_steps, said))
+        return found
+
+    @classmethod
+    def settle_options(
+        cls, given: Any, *, process: Process, parallelism: ParallelismConfig | None, precision: str
+    ) -> DeepSpeedOptions:
+        return DeepSpeedOptions(plugins=named_plugins(given), precision=precision)  # type: ignore[arg-type] # one of its
 
     # Plugins
 
@@ -278,7 +292,7 @@ class DeepSpeedStrategy(SingleStrategy):
         if section is None:
             assert scheduler.lr_scheduler_callable is not None
             return scheduler.lr_scheduler_callable(optimizer)
-        from deepspeed.runtime import lr_schedules
+        from deepspeed.runtime import lr_schedules  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         return getattr(lr_schedules, section.type)(optimizer, **section.params)
 

@@ -11,6 +11,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,23 @@ class FSDPStrategy(SingleStrategy):
         self._sharded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         """Models that were prepared."""
         self._usage: weakref.WeakKeyDictionary[Optimizer, Usage] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def settle_options(
+        cls, given: Any, *, process: Process, parallelism: ParallelismConfig | None, precision: str
+    ) -> FullyShardedDataParallelPlugin:
+        shape = process.topology.shape
+        if parallelism is not None and process.topology.world_size == shape.dp_replicate > 1:
+            raise ConfigError(
+                f"`fsdp_plugin` shards a model over processes, and `ParallelismConfig(dp_replicate_size="
+                f"{shape.dp_replicate})` gives each a whole copy. Set `dp_shard_size={shape.dp_replicate}` instead, or "
+                f"leave the plugin out."
+            )
+        options: FullyShardedDataParallelPlugin = given or FullyShardedDataParallelPlugin()
+        if options.mixed_precision_policy is None and precision != "no":
+            options = replace(options, mixed_precision_policy=precision)
+        _refuse_other_precision(options, precision)
+        return options
 
     @property
     def average_size(self) -> int:
@@ -471,3 +489,14 @@ def _as_divided(value: Any, parameter: torch.Tensor | None) -> Any:
         return in_memory(value)
     own = part_of(value, parameter)
     return like(own.to(local_of(parameter).device, copy=True), parameter)
+
+
+def _refuse_other_precision(options: FullyShardedDataParallelPlugin, precision: str) -> None:
+    """Gathering in a narrow type that the run does not compute in: float16 without loss scaling, or twice rounded."""
+    computed = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(precision_policy(options).param_dtype)
+    if computed == "fp16" != precision or (computed == "bf16" and precision == "fp16"):
+        raise ConfigError(
+            f"`mixed_precision_policy={options.mixed_precision_policy!r}` computes in {computed}, and the run's "
+            f"`mixed_precision={precision!r}` decides on loss scaling and autocast. Set `mixed_precision={computed!r}` "
+            f"and leave the policy out, or give it the same type."
+        )

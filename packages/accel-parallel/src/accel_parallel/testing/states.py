@@ -42,7 +42,7 @@ class _NoScaler:
     """Scales nothing."""
 
     enabled = False
-    reduce_found_inf = None
+    reduce_found_inf: Callable[[torch.Tensor], None] | None = None
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss
