@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 _ARGUMENTS = {
-    "zero_stage": "zero_optimization.stage",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "gradient_clipping",
     "offload_optimizer_device": "zero_optimization.offload_optimizer.device",
@@ -39,7 +38,7 @@ _ARGUMENTS = {
     "transformer_moe_cls_names": "zero_optimization.leaf_module.classes",
     "communication_data_type": "communication_data_type",
 }
-"""Where in DeepSpeed's language a field of the plugin is said."""
+"""Where in DeepSpeed's language a field of the plugin is said, besides the stage."""
 _STAGE = "zero_optimization.stage"
 _ONLY_AT_STAGE_3 = ("zero3_init_flag", "zero3_save_16bit_model", "transformer_moe_cls_names")
 
@@ -100,19 +99,11 @@ class DeepSpeedConfig:
         """
         values, source = read_config(plugin.hf_ds_config)
         check_names(values, source)
-        check_sections(values, source)
         settings = Settings(values, source)
         _rename_bfloat16(settings)
+        _settle_stage(settings, plugin)
+        check_sections(settings.values, source)
         _merge_arguments(settings, plugin)
-        if settings.get(_STAGE) is None:
-            said_nothing = plugin.hf_ds_config is None
-            settings.set(_STAGE, 2 if said_nothing else 0, "default" if said_nothing else "DeepSpeed's default")
-        stage = settings.get(_STAGE)
-        if stage != AUTO and (type(stage) is not int or stage not in range(4)):
-            raise ConfigError(
-                f"`{_STAGE}` is {stage!r} ({settings.source(_STAGE)}), and ZeRO has the stages 0, 1, 2 and 3. "
-                f"Set one of them, or 'auto'."
-            )
         config = cls(plugin, settings)
         config._check()
         return config
@@ -288,6 +279,21 @@ def _rename_bfloat16(settings: Settings) -> None:
     source = settings.source("bfloat16")
     settings.remove("bfloat16")
     settings.set("bf16", old, source)
+
+
+def _settle_stage(settings: Settings, plugin: DeepSpeedPlugin) -> None:
+    """The stage first, since much depends on it."""
+    if plugin.zero_stage is not None:
+        settings.merge(_STAGE, plugin.zero_stage, f"`DeepSpeedPlugin(zero_stage={plugin.zero_stage!r})`")
+    stage = settings.get(_STAGE)
+    if stage is None:
+        said_nothing = plugin.hf_ds_config is None
+        settings.set(_STAGE, 2 if said_nothing else 0, "default" if said_nothing else "DeepSpeed's default")
+    elif stage != AUTO and (type(stage) is not int or stage not in range(4)):
+        raise ConfigError(
+            f"`{_STAGE}` is {stage!r} ({settings.source(_STAGE)}), and ZeRO has the stages 0, 1, 2 and 3. "
+            f"Set one of them, or 'auto'."
+        )
 
 
 def _merge_arguments(settings: Settings, plugin: DeepSpeedPlugin) -> None:

@@ -173,12 +173,16 @@ def check_leaf_classes(settings: Settings, facts: Facts, notes: Notes) -> None:
 
 
 def drop_open(settings: Settings, notes: Notes) -> None:
-    """Take out what nothing filled: DeepSpeed has a default for it."""
+    """Take out what nothing filled, for which DeepSpeed has a default, and sections in which nothing is left."""
     for key in settings.names():
         if settings.is_auto(key) and key not in _MEANT_AUTO:
             source = settings.source(key)
             settings.remove(key)
             notes.rows.append((key, AUTO, f"{source}: left to DeepSpeed's default"))
+            section = key.rpartition(".")[0]
+            while section and settings.get(section) == {}:
+                settings.remove(section)
+                section = section.rpartition(".")[0]
 
 
 STEPS: tuple[Callable[[Settings, Facts, Notes], None], ...] = (
