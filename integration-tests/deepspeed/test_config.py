@@ -149,11 +149,20 @@ def test_the_names_at_the_top_are_those_of_this_version() -> None:
 
 def test_what_can_be_compiled_here_is_known() -> None:
     assert available.require_deepspeed() is deepspeed
-    if available.has_compiler():
-        from deepspeed.ops.op_builder import CPUAdamBuilder
+    builders = import_module("deepspeed.ops.op_builder")
+    assert not available.has_compiler() or builders.CPUAdamBuilder().is_compatible(verbose=False)
+    links = builders.AsyncIOBuilder().is_compatible(verbose=False)
+    assert available.has_async_io() == (links and available.has_compiler())
 
-        assert CPUAdamBuilder().is_compatible(verbose=False)
-    assert isinstance(available.has_async_io(), bool)
+
+def test_what_came_compiled_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not available.has_compiler()
+    assert not available.has_async_io()
+    monkeypatch.setitem(import_module("deepspeed.git_version_info").installed_ops, "cpu_adam", True)
+    monkeypatch.setitem(import_module("deepspeed.git_version_info").installed_ops, "async_io", True)
+    assert available.has_compiler()
+    assert available.has_async_io()
 
 
 def test_division_before_a_model_exists_is_taken_too() -> None:

@@ -439,6 +439,13 @@ def test_a_folder_for_offload_is_written_to_first(tmp_path: Path) -> None:
         config(None, zero_stage=3, offload_param_device="nvme", offload_param_nvme_path=tmp_path / "file" / "x")
 
 
+def test_a_file_system_needs_asynchronous_access(tmp_path: Path) -> None:
+    said = config(None, zero_stage=3, offload_param_device="nvme", offload_param_nvme_path=tmp_path)
+    with refused(r"`zero_optimization.offload_param.device` is 'nvme' .*needs libaio, .*or offload to 'cpu'"):
+        said.complete(Facts(has_async_io=False))
+    said.complete(Facts())
+
+
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")

@@ -60,29 +60,49 @@ def install_line() -> str:
 
 
 def has_compiler() -> bool:
-    """Whether DeepSpeed's operators for the host, such as its CPU Adam, can be compiled here.
+    """Whether DeepSpeed's operators for the host, such as its CPU Adam, can be compiled here, or were when installed.
 
     They are built by ``torch.utils.cpp_extension``, which needs ninja, a C++ compiler and the headers of Python.
     """
     from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 
-    headers = Path(sysconfig.get_path("include"), "Python.h")
     compiler: str = get_cxx_compiler()  # type: ignore[no-untyped-call]
-    return shutil.which(compiler) is not None and headers.is_file() and bool(is_ninja_available())
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    tools = shutil.which(compiler) is not None and headers.is_file() and bool(is_ninja_available())
+    return tools or _was_compiled("cpu_adam")
 
 
 def has_async_io() -> bool:
-    """Whether DeepSpeed's asynchronous file access, which NVMe offload needs, can be compiled here: libaio's headers.
+    """Whether DeepSpeed's asynchronous file access, which NVMe offload needs, can be compiled here, or was.
+
+    Besides what `has_compiler` finds it needs libaio. Tries to link it, which takes a second.
 
     Raises:
         ConfigError: where DeepSpeed is not installed.
     """
     require_deepspeed()
+    if _was_compiled("async_io"):
+        return True
     from deepspeed.ops.op_builder import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
         AsyncIOBuilder,
     )
 
-    return has_compiler() and bool(AsyncIOBuilder().is_compatible(verbose=False))
+    try:
+        links = bool(AsyncIOBuilder().is_compatible(verbose=False))
+    except ImportError:  # it links by distutils, which Python 3.12 has only with setuptools
+        return False
+    return links and has_compiler()
+
+
+def _was_compiled(operator: str) -> bool:
+    """Whether an operator came compiled with the package."""
+    if not is_installed():
+        return False
+    from deepspeed.git_version_info import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        installed_ops,
+    )
+
+    return bool(installed_ops.get(operator, False))
 
 
 def _release(text: str) -> tuple[int, ...]:

@@ -157,6 +157,18 @@ def fill_timers(settings: Settings, facts: Facts, notes: Notes) -> None:
         settings.set(key, False, "nothing prints its rates without `steps_per_print`")
 
 
+def check_async_io(settings: Settings, facts: Facts, notes: Notes) -> None:
+    """Refuse a file system to offload to where DeepSpeed cannot read and write one."""
+    for name in ("optimizer", "param"):
+        key = f"zero_optimization.offload_{name}.device"
+        if settings.given(key) == "nvme" and not facts.has_async_io:
+            raise ConfigError(
+                f"`{key}` is 'nvme' ({settings.source(key)}), and DeepSpeed's file access cannot be compiled here: it "
+                f"needs libaio, a C++ compiler, ninja, setuptools and Python.h. Install them (`libaio-dev` or "
+                f"`libaio-devel` of the system), or offload to 'cpu'."
+            )
+
+
 def check_leaf_classes(settings: Settings, facts: Facts, notes: Notes) -> None:
     """Refuse classes to be gathered as one of which the model has none: DeepSpeed would go on without."""
     key = "zero_optimization.leaf_module.classes"
@@ -186,7 +198,7 @@ def drop_open(settings: Settings, notes: Notes) -> None:
 
 
 STEPS: tuple[Callable[[Settings, Facts, Notes], None], ...] = (
-    fill_window, fill_batch, fill_precision, fill_clipping, fill_mesh, fill_buckets, fill_optimizer, fill_timers,
-    check_leaf_classes,
+    fill_window, fill_batch, fill_precision, fill_clipping, fill_mesh, fill_buckets, check_async_io, fill_optimizer,
+    fill_timers, check_leaf_classes,
 )  # fmt: skip
 """In this order: what comes first is refused first."""
