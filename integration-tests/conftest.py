@@ -15,7 +15,8 @@ import pytest
 
 from accel_state.testing import leak_guard
 
-HEAVY = Path(__file__).parent / "heavy"
+APART = {Path(__file__).parent / name: name for name in ("heavy", "deepspeed")}
+"""Folders whose files import third parties that live in an environment of their own, with the marker of each."""
 
 
 guard = pytest.fixture(autouse=True)(leak_guard)
@@ -23,17 +24,27 @@ guard = pytest.fixture(autouse=True)(leak_guard)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave heavy/ out, unless ``-m`` asks for it: its files import third parties that live in another environment."""
-    if collection_path == HEAVY and "heavy" not in (config.option.markexpr or ""):
-        return True
-    return None
+    """Leave these folders out, unless ``-m`` asks for one."""
+    marker = APART.get(collection_path)
+    return True if marker is not None and marker not in (config.option.markexpr or "") else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test in such a folder has its marker; nobody has to remember it."""
+    for item in items:
+        for folder, marker in APART.items():
+            if folder in item.path.parents:
+                item.add_marker(marker)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     """Say what is left out and how to run it."""
-    if "heavy" in (config.option.markexpr or ""):
+    if any(marker in (config.option.markexpr or "") for marker in APART.values()):
         return None
-    return "integration-tests/heavy: not here, run it by `hatch run integration:test`"
+    return (
+        "integration-tests/heavy, integration-tests/deepspeed: not here, run them by `hatch run integration:test` and "
+        "`hatch run deepspeed:test`"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
