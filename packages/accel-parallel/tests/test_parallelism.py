@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from accel_parallel import ParallelismConfig, TorchContextParallelConfig
 from accel_parallel.mesh import Mesh
+from accel_parallel.parallelism import DeepSpeedSequenceParallelConfig
 from accel_parallel.select import select_strategy
 from accel_state.env import Launcher, ProcessEnvironment
 from accel_state.errors import ConfigError
@@ -49,7 +50,13 @@ def test_another_world_is_refused_with_sizes_that_fit(given: dict[str, int], wor
         ({"cp_backend": "torch"}, "has no effect with `cp_size=1`"),
         ({"cp_size": 2, "cp_handler": TorchContextParallelConfig()}, "which has no options"),
         ({"cp_size": 2, "cp_backend": "ring"}, "not available in this version"),
-        ({"sp_backend": "deepspeed"}, "`sp_backend='deepspeed'` is not available"),
+        ({"sp_size": 2, "sp_backend": "megatron"}, "`sp_backend='megatron'` is not available"),
+        ({"sp_backend": "deepspeed"}, "`sp_backend='deepspeed'` has no effect with `sp_size=1`"),
+        ({"sp_size": 2, "sp_handler": DeepSpeedSequenceParallelConfig()}, "`sp_backend='native'`, which has no opt"),
+        (
+            {"sp_size": 3, "sp_backend": "deepspeed", "sp_handler": DeepSpeedSequenceParallelConfig(sp_seq_length=16)},
+            "`sp_seq_length=16` cannot be divided evenly over `sp_size=3` ranks. Pad or cut sequences to 15 or 18",
+        ),
         ({"tp_plan": {"a": "colwise"}}, "has no effect with `tp_size=1`"),
         ({"loss_parallel": True}, "has no effect with `tp_size=1`"),
     ],
@@ -62,6 +69,32 @@ def test_settings_without_effect_are_refused(given: dict[str, Any], message: str
 def test_options_of_the_ring_are_checked() -> None:
     with pytest.raises(ConfigError, match="is no way for keys and values to travel"):
         TorchContextParallelConfig(cp_comm_strategy="alltoal")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sp_seq_length": 0}, "`sp_seq_length=0` is no number of tokens"),
+        ({"sp_seq_length": True}, "`sp_seq_length=True` is no number of tokens"),
+        ({"sp_seq_length_is_variable": 1}, "is neither true nor false"),
+        ({"sp_seq_length": 8, "sp_seq_length_is_variable": True}, "`sp_seq_length=8` has no effect with"),
+        ({"sp_seq_length_is_variable": False}, "and not which. Give `sp_seq_length`"),
+        ({"sp_attn_implementation": ""}, "names no attention"),
+        ({"sp_attn_implementation": "eager"}, "a mask over one rank's tokens.* Use 'sdpa'"),
+        ({"sp_attn_implementation": "flex_attention"}, "replaces by a causal one.* Use 'sdpa'"),
+    ],
+)
+def test_options_of_deepspeeds_attention_are_checked(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DeepSpeedSequenceParallelConfig(**given)
+
+
+def test_lengths_vary_unless_one_is_given() -> None:
+    assert DeepSpeedSequenceParallelConfig().is_variable
+    assert DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True).is_variable
+    assert not DeepSpeedSequenceParallelConfig(sp_seq_length=16).is_variable
+    handler = DeepSpeedSequenceParallelConfig(sp_seq_length=16, sp_attn_implementation="sdpa")
+    assert ParallelismConfig(sp_size=4, sp_backend="deepspeed", sp_handler=handler).mesh_shape() == MeshShape(sp=4)
 
 
 _SIZES = st.sampled_from([1, 2, 3, 4, 8])

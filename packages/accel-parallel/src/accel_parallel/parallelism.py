@@ -9,10 +9,16 @@ from typing import Any, Literal, get_args
 from accel_state.errors import ConfigError
 from accel_state.topology import MeshShape
 
-__all__ = ["ContextBackend", "ParallelismConfig", "SequenceBackend", "TorchContextParallelConfig"]
+__all__ = [
+    "ContextBackend",
+    "DeepSpeedSequenceParallelConfig",
+    "ParallelismConfig",
+    "SequenceBackend",
+    "TorchContextParallelConfig",
+]
 
 ContextBackend = Literal["native", "torch"]
-SequenceBackend = Literal["native"]
+SequenceBackend = Literal["native", "deepspeed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +34,70 @@ class TorchContextParallelConfig:
                 f"`cp_comm_strategy={self.cp_comm_strategy!r}` is no way for keys and values to travel. "
                 f"Use 'allgather' or 'alltoall'."
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeepSpeedSequenceParallelConfig:
+    """Options of ``sp_backend="deepspeed"``, the Ulysses attention of its ALST (arXiv:2506.13996)."""
+
+    sp_seq_length: int | None = None
+    """Tokens of every sequence, over all ranks; another length is refused. ``None`` takes any."""
+    sp_seq_length_is_variable: bool | None = None
+    """Whether lengths may differ from batch to batch. ``None``: unless `sp_seq_length` is given."""
+    sp_attn_implementation: str | None = None
+    """What computes attention once each rank holds whole sequences, as transformers names it: ``"sdpa"``,
+    ``"flash_attention_2"``, ``"flash_attention_3"``. It has to be what the model was loaded with, which ``None``
+    takes."""
+
+    def __post_init__(self) -> None:
+        length, variable = self.sp_seq_length, self.sp_seq_length_is_variable
+        if length is not None and (type(length) is not int or length < 1):
+            raise ConfigError(
+                f"`sp_seq_length={length!r}` is no number of tokens. Give that of a whole sequence, or leave it out "
+                f"for any length."
+            )
+        if variable is not None and not isinstance(variable, bool):
+            raise ConfigError(
+                f"`sp_seq_length_is_variable={variable!r}` is neither true nor false. Give True or False."
+            )
+        if length is not None and variable:
+            raise ConfigError(
+                f"`sp_seq_length={length}` has no effect with `sp_seq_length_is_variable=True`, under which lengths "
+                f"are those of the batches. Leave out one of the two."
+            )
+        if length is None and variable is False:
+            raise ConfigError(
+                "`sp_seq_length_is_variable=False` says that all sequences have one length, and not which. Give "
+                "`sp_seq_length`, or leave it out."
+            )
+        self._check_implementation()
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether lengths may differ from batch to batch."""
+        return self.sp_seq_length is None
+
+    def _check_implementation(self) -> None:
+        name = self.sp_attn_implementation
+        if name is None:
+            return
+        if not isinstance(name, str) or not name:
+            raise ConfigError(
+                f"`sp_attn_implementation={name!r}` names no attention. Use 'sdpa', 'flash_attention_2' or "
+                f"'flash_attention_3', or leave it out for that of the model."
+            )
+        if name in _REFUSED_ATTENTION:
+            raise ConfigError(
+                f"`sp_attn_implementation={name!r}` computes with {_REFUSED_ATTENTION[name]}. Use 'sdpa', "
+                f"'flash_attention_2' or 'flash_attention_3'."
+            )
+
+
+_REFUSED_ATTENTION = {
+    "eager": "a mask over one rank's tokens, and without one it is not causal",
+    "paged|eager": "a cache of keys and values, which a divided sequence has none of",
+    "flex_attention": "a mask that DeepSpeed replaces by a causal one, whatever it was",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +120,12 @@ class ParallelismConfig:
     cp_backend: ContextBackend = "native"
     """``"native"`` gathers keys and values on any device; ``"torch"`` is torch's ring attention, on CUDA only."""
     sp_backend: SequenceBackend = "native"
-    """How heads are exchanged for tokens: ``"native"``, by ``all_to_all`` on any device."""
+    """How heads are exchanged for tokens: ``"native"``, by ``all_to_all`` on any device, or ``"deepspeed"``, by its
+    own attention for models of transformers that DeepSpeed trains."""
     cp_handler: TorchContextParallelConfig | None = None
     """Options of ``cp_backend="torch"``; refused with another."""
+    sp_handler: DeepSpeedSequenceParallelConfig | None = None
+    """Options of ``sp_backend="deepspeed"``; refused with another."""
     tp_plan: dict[str, str] | None = None
     """How modules are divided along ``tp``, by pattern of their names; ``None`` takes the plan that the model
     brings."""
@@ -124,6 +197,9 @@ class ParallelismConfig:
             ("cp_backend", self.cp_backend, self.cp_backend != "native" and self.cp_size == 1, "`cp_size=1`"),
             ("cp_handler", self.cp_handler, self.cp_handler is not None and self.cp_backend != "torch",
              f"`cp_backend={self.cp_backend!r}`, which has no options"),
+            ("sp_backend", self.sp_backend, self.sp_backend != "native" and self.sp_size == 1, "`sp_size=1`"),
+            ("sp_handler", self.sp_handler, self.sp_handler is not None and self.sp_backend != "deepspeed",
+             f"`sp_backend={self.sp_backend!r}`, which has no options"),
             ("tp_plan", self.tp_plan, self.tp_plan is not None and self.tp_size == 1, "`tp_size=1`"),
             ("loss_parallel", self.loss_parallel, self.loss_parallel and self.tp_size == 1, "`tp_size=1`"),
         )  # fmt: skip
@@ -134,6 +210,13 @@ class ParallelismConfig:
             raise ConfigError(
                 f"`cp_size={self.cp_size}` and `sp_size={self.sp_size}` would divide one sequence in two ways, and "
                 f"attention can be exchanged in one. Set one of them to 1."
+            )
+        length = None if self.sp_handler is None else self.sp_handler.sp_seq_length
+        if length is not None and length % self.sp_size:
+            below, above = length // self.sp_size * self.sp_size, -(-length // self.sp_size) * self.sp_size
+            raise ConfigError(
+                f"`sp_seq_length={length}` cannot be divided evenly over `sp_size={self.sp_size}` ranks. Pad or cut "
+                f"sequences to {f'{below} or ' if below else ''}{above} tokens."
             )
 
 
