@@ -154,7 +154,7 @@ class _DividedGradients(Gradients):
         self._optimizer = engine.optimizer
 
     def clamp(self, bound: float) -> None:
-        if self._optimizer.offload_optimizer if self._stage == 3 else self._optimizer.cpu_offload:
+        if self._is_offloaded:
             raise ConfigError(
                 "`clip_grad_value_` was called, and gradients of an offloaded optimizer are with it, their norms "
                 "counted already. Use `clip_grad_norm_`, or keep the optimizer on the device."
@@ -193,17 +193,14 @@ class _DividedGradients(Gradients):
         optimizer = self._optimizer
         self._complete()  # what waits in buckets may belong to a sum that ranks have begun
         optimizer.zero_grad(set_to_none=True)
-        if self._stage == 3:
-            optimizer.micro_step_id = 0
-            if optimizer.offload_optimizer:
-                optimizer.reset_cpu_buffers()
-            return
-        optimizer.micro_step_id = -1
-        if optimizer.cpu_offload:
+        if self._is_offloaded:
             optimizer.reset_cpu_buffers()
-        for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
-            for key in held:
-                held[key] = None
+        if self._stage < 3:
+            optimizer.micro_step_id = -1
+            for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+                for key in held:
+                    held[key] = None
+        self._clear()
 
     def _before_step(self) -> None:
         optimizer = self._optimizer
@@ -213,6 +210,27 @@ class _DividedGradients(Gradients):
 
     def _after_step(self) -> None:
         self._optimizer.custom_loss_scaler = False
+        self._clear()
+
+    @property
+    def _is_offloaded(self) -> bool:
+        optimizer = self._optimizer
+        return bool(optimizer.offload_optimizer if self._stage == 3 else optimizer.cpu_offload)
+
+    def _clear(self) -> None:
+        """Zero what outlives a window, which DeepSpeed overwrites only for parameters that the next one uses."""
+        optimizer = self._optimizer
+        if self._stage == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
+        if self._is_offloaded:
+            stepped = (
+                optimizer.fp32_partitioned_groups_flat
+                if self._stage == 3
+                else (optimizer.single_partition_of_fp32_groups)
+            )
+            for flat in stepped:
+                if flat.grad is not None:
+                    flat.grad.zero_()
 
 
 @contextmanager

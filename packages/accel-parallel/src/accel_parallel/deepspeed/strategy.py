@@ -6,8 +6,8 @@ where they are for every strategy, and checkpoints too: its own are pickles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,13 @@ from torch.optim import Optimizer
 from accel_parallel.clip import check_clip
 from accel_parallel.deepspeed.available import has_async_io, has_compiler
 from accel_parallel.deepspeed.building import adopt_group, build_engine
+from accel_parallel.deepspeed.bundle import refuse_bundle, refuse_clip
 from accel_parallel.deepspeed.config import CompletedConfig, DeepSpeedConfig, Facts, class_names_of, hidden_size_of
 from accel_parallel.deepspeed.gradients import Gradients, gradients_held_by
+from accel_parallel.deepspeed.hf_config import HfDeepSpeedConfig
 from accel_parallel.deepspeed.options import DeepSpeedOptions, named_plugins
 from accel_parallel.deepspeed.placeholders import DummyScheduler
 from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
-from accel_parallel.deepspeed.refusing import refuse_bundle, refuse_clip
 from accel_parallel.deepspeed.states import EngineStates
 from accel_parallel.single import SingleStrategy, check_optimizer_state
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
@@ -84,9 +85,12 @@ class DeepSpeedStrategy(SingleStrategy):
             options = DeepSpeedOptions(plugins=named_plugins(options))
         self.options = options
         self._configs = {name: DeepSpeedConfig.of(plugin) for name, plugin in options.plugins.items()}
-        self._selected = next(iter(options.plugins))
         adopt_group(process)
         self._prepared: list[_Prepared] = []
+        self._told: HfDeepSpeedConfig | None = None
+        """What transformers divides models by while it builds them."""
+        self._selected = ""
+        self.select_plugin(next(iter(options.plugins)))
 
     @classmethod
     def settings_in(cls, given: Any) -> dict[str, tuple[Any, str]]:
@@ -126,6 +130,27 @@ class DeepSpeedStrategy(SingleStrategy):
         """
         self.options.find(name)
         self._selected = name
+        if self._told is not None:
+            self._told.release()
+        self._told = HfDeepSpeedConfig(self._before_model()) if self._config.is_zero3_init else None
+
+    @contextmanager
+    def zero3_init(self, enabled: bool = True) -> Iterator[None]:
+        """While open, modules are divided over the processes as they are built, as the selected plugin says.
+
+        No process ever holds more than one module's parameters whole. transformers' ``from_pretrained`` and
+        ``from_config`` do so by themselves, and need no such block. Every rank must call this.
+
+        Args:
+            enabled: ``False`` builds them whole, inside a function that is called in such a block too.
+
+        Raises:
+            ConfigError: unless the plugin's stage is 3.
+        """
+        from deepspeed import zero  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        with zero.Init(config_dict_or_path=self._before_model() if enabled else None, enabled=enabled):
+            yield
 
     # What the protocol asks for
 
@@ -297,11 +322,25 @@ class DeepSpeedStrategy(SingleStrategy):
         return getattr(lr_schedules, section.type)(optimizer, **section.params)
 
     def release(self) -> None:
+        if self._told is not None:
+            self._told.release()
+            self._told = None
         for each in self._prepared:
             each.engine.destroy()
         self._prepared.clear()
 
     # One model
+
+    @property
+    def _config(self) -> DeepSpeedConfig:
+        return self._configs[self._selected]
+
+    def _before_model(self) -> dict[str, Any]:
+        return self._config.before_model(
+            precision=self.options.precision,
+            precision_source=self.options.precision_source,
+            sp_size=self.process.topology.shape.sp,
+        )
 
     def _engine_of(self, model: nn.Module, optimizer: Optimizer | None, bundle: Bundle) -> _Prepared | None:
         """What DeepSpeed makes of a model; ``None`` where there is nothing to divide, and it is only moved."""
@@ -330,7 +369,7 @@ class DeepSpeedStrategy(SingleStrategy):
         return prepared
 
     def _complete(self, model: nn.Module, optimizer: Optimizer | None, bundle: Bundle) -> CompletedConfig:
-        config = self._configs[self._selected]
+        config = self._config
         placeholders = [each for each in bundle.schedulers if isinstance(each, DummyScheduler)]
         shape = self.process.topology.shape
         facts = Facts(
