@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from accel_parallel.deepspeed import available, keys
@@ -15,6 +17,7 @@ from accel_parallel.deepspeed.config import CompletedConfig, DeepSpeedConfig, Fa
 from accel_parallel.deepspeed.placeholders import DummyOptim, DummyScheduler
 from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
 from accel_state.errors import ConfigError
+from accel_state.testing import run_ranks
 
 deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed lives in an environment of its own")
 runtime = pytest.importorskip("deepspeed.runtime.config")
@@ -169,3 +172,39 @@ def test_division_before_a_model_exists_is_taken_too() -> None:
     said = DeepSpeedConfig.of(DeepSpeedPlugin(hf_ds_config=OPEN, zero_stage=3))
     taken = runtime.DeepSpeedConfig(said.before_model(precision="bf16"))
     assert (taken.zero_optimization_stage, taken.bfloat16_config.enabled) == (3, True)
+
+
+def _optimizers_built(has_compiler: bool) -> list[tuple[str, list[tuple[float, float, tuple[float, float]]]]]:
+    """Class and groups of the optimizer that DeepSpeed makes of the section, without and with offload."""
+    os.environ["LOCAL_RANK"] = "0"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend="gloo")
+    built = []
+    for stage, device in ((1, "none"), (2, "cpu")):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        groups = [{"params": model[0].parameters(), "weight_decay": 0.5}, {"params": model[1].parameters()}]
+        optimizer = DummyOptim(groups, lr=0.25, betas=(0.5, 0.75))
+        facts = Facts(optimizer=optimizer, micro_batch_size=2, has_compiler=has_compiler)
+        section = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+        values = complete(section, facts, zero_stage=stage, offload_optimizer_device=device).values
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=optimizer.given_groups, config=values)
+        made = engine.basic_optimizer
+        settings = [(group["lr"], group["weight_decay"], tuple(group["betas"])) for group in made.param_groups]
+        built.append((type(made).__name__, settings))
+        engine.destroy()
+    dist.destroy_process_group()
+    return built
+
+
+# The first run compiles two operators: minutes on a busy machine. A build that is killed leaves a file named `lock` in
+# torch's folder of extensions, for which every later one waits.
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("has_compiler", "names"), [(True, ["FusedAdam", "DeepSpeedCPUAdam"]), (False, ["AdamW", "AdamW"])]
+)
+def test_the_optimizer_of_the_section_is_built_with_or_without_a_compiler(has_compiler: bool, names: list[str]) -> None:
+    if has_compiler and not available.has_compiler():
+        pytest.skip("there is no C++ compiler here")
+    settings = [(0.25, 0.5, (0.5, 0.75)), (0.25, 0.0, (0.5, 0.75))]
+    (built,) = run_ranks(_optimizers_built, 1, has_compiler, timeout_s=590, open_process=False)
+    assert built == [(name, settings) for name in names]
