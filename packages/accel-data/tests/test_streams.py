@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -366,6 +368,69 @@ def test_an_iterable_of_batches_that_knows_its_place_is_a_loader() -> None:
     resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
     assert list(resumed) == [[4], [6]]
     assert list(resumed) == [[2], [4], [6]]
+
+
+class Counted(Shards):
+    """Tells how many iterations of it, and of its shards, were begun and are open."""
+
+    def __init__(self, shards: list[list[int]], iterations: Counter[str]) -> None:
+        super().__init__(shards)
+        self.iterations = iterations
+
+    def shard(self, num_shards: int, index: int) -> Counted:
+        return Counted(self.shards[index::num_shards], self.iterations)
+
+    def __iter__(self) -> Iterator[int]:
+        self.iterations.update(begun=1, open=1)
+        try:
+            yield from super().__iter__()
+        finally:
+            self.iterations.update(open=-1)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("stateful", [True, False])
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_iteration_that_is_left_is_over_at_once(world: int, place: int, stateful: bool) -> None:
+    """The collector would end it in whatever thread it runs, which may be one that its end waits for."""
+    iterations: Counter[str] = Counter()
+
+    def new() -> list[ShardedLoader]:
+        return world_of(lambda: Counted(ids(SIZES), iterations), world, use_stateful_dataloader=stateful)
+
+    ranks = new()
+    if place:
+        state = state_after(new(), place)
+        for loader in ranks:
+            loader.load_state_dict(state)
+    for loader in ranks:
+        for _ in loader:
+            assert iterations["open"] > 0
+            break
+        assert iterations["open"] == 0
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("place", [0, 3])
+def test_samples_that_are_read_again_for_padding_leave_nothing_open(place: int) -> None:
+    iterations: Counter[str] = Counter()
+    ranks = world_of(lambda: Counted(ids([9, 2, 3, 1]), iterations), 4)
+    if place:
+        state = state_after(world_of(lambda: Counted(ids([9, 2, 3, 1]), iterations), 4), place)
+        for loader in ranks:
+            loader.load_state_dict(state)
+    iterations.clear()
+    steps_of(ranks)
+    assert iterations["open"] == 0
+    assert iterations["begun"] > 4
 
 
 class Breaks(IterableDataset[int]):

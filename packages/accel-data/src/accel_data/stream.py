@@ -171,8 +171,11 @@ class _Reader:
         if self._owner is not None:
             # Its state says which samples come, not what they draw: that has to depend on their numbers alone.
             samples = read_seeded(samples, self._generators, seed=seed, first=place.at)
+        # No generator of this object's own lies over them: the two would hold each other, so an iteration that is left
+        # would last until the collector finds it, in whatever thread. Pipelines that read in threads of their own wait
+        # for those when they end, which then may be that very thread.
+        self._samples = samples
         self._number = place.at
-        self._counted = self._count(samples)
         self._skip(place.samples - place.at)
 
     def read(self, count: int) -> list[Any]:
@@ -195,16 +198,14 @@ class _Reader:
             count -= _SKIP_CHUNK
 
     def _take(self, count: int) -> list[Any]:
+        taken: list[Any] = []
         try:
             with self._generators:
-                return list(islice(self._counted, count))
+                taken.extend(islice(self._samples, count))
         except Exception as error:
-            raise self._failed(self._number, error) from error
-
-    def _count(self, samples: Iterator[Any]) -> Iterator[Any]:
-        for sample in samples:
-            self._number += 1
-            yield sample
+            raise self._failed(self._number + len(taken), error) from error
+        self._number += len(taken)
+        return taken
 
     def _failed(self, number: int, error: Exception) -> SampleError:
         stream = self._stream
