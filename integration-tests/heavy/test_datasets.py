@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import random
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,16 +28,9 @@ GLOBAL_BATCH = 12
 
 
 @pytest.fixture(autouse=True)
-def threads_of_datasets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pipelines of ``datasets`` that read in threads sleep for 5 s at their end, and leave those to the collector."""
+def no_sleep_at_the_end_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines of ``datasets`` that read in threads sleep for 5 s at their end."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-    yield
-    deadline = time.monotonic() + 5
-    while any(each.name.startswith("ThreadPoolExecutor") for each in threading.enumerate()):
-        gc.collect()
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
