@@ -24,6 +24,17 @@ if sys.argv[1:] == ["run", "imports"]:
 if sys.argv[1:] == ["run", "docs:build"]:
     print("SIGINT is the interpreter's:", signal.getsignal(signal.SIGINT) is signal.default_int_handler, flush=True)
     print("stdin is empty:", sys.stdin.read() == "", flush=True)
+if sys.argv[1:] == ["run", "matrix"]:
+    sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_hangs.py"]).returncode)
+"""
+
+HANGS = """\
+import ctypes
+
+def test_hangs():
+    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
 """
 
 pytestmark = pytest.mark.skipif(
@@ -32,12 +43,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(tmp_path: Path, *steps: str) -> subprocess.CompletedProcess[str]:
+def run(tmp_path: Path, *steps: str, script: Path = ROOT / ".ci" / "run") -> subprocess.CompletedProcess[str]:
     stand_in = tmp_path / "hatch"
     stand_in.write_text(STAND_IN.format(python=sys.executable))
     stand_in.chmod(0o755)
     return subprocess.run(
-        [ROOT / ".ci" / "run", *steps],
+        [script, *steps],
         env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
@@ -67,9 +78,22 @@ def test_process_left_behind_is_ended_and_fails_its_step(tmp_path: Path) -> None
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_at_the_limit_tests_say_where_they_are(tmp_path: Path) -> None:
+    copy = tmp_path / "copy" / ".ci" / "run"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(re.sub(r'"matrix\|\d+\|', '"matrix|12|', (ROOT / ".ci" / "run").read_text()))
+    copy.chmod(0o755)
+    (tmp_path / "copy" / "test_hangs.py").write_text(HANGS)
+    done = run(tmp_path, "matrix", script=copy)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^matrix +TIMED OUT +\d+ s$", done.stdout, re.MULTILINE)
+    assert re.search(r'test_hangs.py", line 6 in test_hangs$', done.stderr, re.MULTILINE), done.stderr
+    assert "left behind" not in done.stdout
+
+
 def test_every_step_is_a_script_of_hatch_and_has_a_limit() -> None:
     text = (ROOT / ".ci" / "run").read_text()
-    steps = re.findall(r'^    "([a-z]+)\|(\d+)\|hatch run ([\w:-]+)"$', text, re.MULTILINE)
+    steps = re.findall(r'^    "([a-z]+)\|(\d+)\|hatch run ([\w:-]+)(?: -v)?"$', text, re.MULTILINE)
     assert [name for name, _, _ in steps] == [
         "test",
         "matrix",
