@@ -18,19 +18,22 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from accel_parallel.forwards import Forward
-from accel_parallel.parallelism import DeepSpeedSequenceParallelConfig
+from accel_parallel.parallelism import DeepSpeedSequenceParallelConfig, ParallelismConfig
 from accel_parallel.sequence.attention import SequenceParallel
 from accel_parallel.sequence.ulysses import check_heads
 from accel_state.errors import ConfigError
 
-__all__ = ["DeepSpeedUlysses"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["DeepSpeedUlysses", "sequence_along"]
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 """What the modules that define models of transformers call the table in which attention is looked up."""
@@ -309,6 +312,16 @@ class DeepSpeedUlysses(SequenceParallel):
                 global_seq_length=None if length is None else length * self.layout.size,
             )
         return self._made[made_for]
+
+
+def sequence_along(mesh: DeviceMesh, parallelism: ParallelismConfig) -> SequenceParallel | None:
+    """What divides sequences along ``sp`` of a mesh with that axis and ``tp``; ``None`` where there is one rank."""
+    if mesh["sp"].size() == 1:
+        return None
+    group, tp_size = mesh["sp"].get_group(), mesh["tp"].size()
+    if parallelism.sp_backend == "native":
+        return SequenceParallel(group, kind="ulysses", tp_size=tp_size)
+    return DeepSpeedUlysses(group, options=parallelism.sp_handler, tp_size=tp_size)
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
