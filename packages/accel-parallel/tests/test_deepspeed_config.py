@@ -187,7 +187,7 @@ def test_batch_sizes_agree_or_are_refused(
         if agree:
             assert complete(file, facts).values["train_micro_batch_size_per_gpu"] == wanted
         else:
-            with refused("number of rows|rows at a time|Set it to 'auto'"):
+            with refused("rows at a time|= \\d+. Set it to 'auto'|cannot share evenly. Set it to a multiple of"):
                 complete(file, facts)
 
 
@@ -202,6 +202,11 @@ def test_a_batch_size_that_contradicts_the_loader_is_refused_with_both() -> None
         r"2 rank\(s\) = 16"
     ):
         complete({"train_batch_size": 8}, facts)
+    with refused(
+        r"`train_batch_size` is 6 \(`hf_ds_config`\), which 2 micro-batch\(es\) x 2 rank\(s\) cannot share evenly. "
+        r"Set it to a multiple of 4"
+    ):
+        complete({"train_batch_size": 6}, Facts(world_size=2, num_steps=2))
     with refused(r"`train_batch_size` is 0 .* which is no number of rows"):
         complete({"train_batch_size": 0}, facts)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from accel_parallel.deepspeed import available
+from accel_parallel.deepspeed.hf_config import HfDeepSpeedConfig
 from accel_parallel.deepspeed.placeholders import DummyOptim, DummyScheduler
 from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
 from accel_state.errors import ConfigError
@@ -129,3 +130,25 @@ def test_an_older_deepspeed_is_refused_with_what_it_lacks(found: str, monkeypatc
 def test_a_compiler_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not available.has_compiler()
+
+
+def test_what_transformers_asks_is_answered_by_dotted_keys() -> None:
+    values: dict[str, Any] = {
+        "zero_optimization": {"stage": 3, "overlap_comm": False, "offload_param": {"device": "cpu"}},
+        "bf16": {"enabled": True},
+    }
+    told = HfDeepSpeedConfig(values)
+    assert (told.is_zero3(), told.is_zero2(), told.is_offload()) == (True, False, True)
+    assert told.get_value("zero_optimization.offload_param.device") == "cpu"
+    assert told.get_value("zero_optimization.offload_optimizer.device", "none") == "none"
+    assert told.get_value("bf16.enabled.more", 1) == 1
+    assert (told.is_true("bf16.enabled"), told.is_true("fp16.enabled")) == (True, False)
+    assert (told.is_false("zero_optimization.overlap_comm"), told.is_false("fp16.enabled")) == (True, False)
+    told.del_config_sub_tree("bf16")
+    told.del_config_sub_tree("fp16.enabled")
+    assert "bf16" not in told.config
+    assert "bf16" in values
+    with pytest.raises(ValueError, match="`bf16` is not in this configuration"):
+        told.del_config_sub_tree("bf16", must_exist=True)
+    told.release()
+    assert not HfDeepSpeedConfig({"zero_optimization": {"stage": 2, "offload_param": {"device": "none"}}}).is_offload()

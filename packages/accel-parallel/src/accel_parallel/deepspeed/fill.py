@@ -71,20 +71,23 @@ def fill_batch(settings: Settings, facts: Facts, notes: Notes) -> None:
             f"{facts.loader_name}. Set it to {seen} or 'auto', or `batch_size={said}` in the loader."
         )
     ranks = facts.num_steps * facts.world_size
-    if said is None:
-        if seen is not None:
-            settings.set(key, seen, facts.loader_name)
-        elif total is not None and total % ranks == 0:
-            settings.set(key, total // ranks, f"`{whole}` {total} over {_product(facts)}")
-        elif total is None:
-            settings.set(key, 1, "unknown, for no loader was prepared; nothing but DeepSpeed's printed rates use it")
-    rows = settings.get(key)
-    if total is not None and (rows in (None, AUTO) or total != rows * ranks):
-        given = "rows" if rows in (None, AUTO) else f"{rows} rows ({settings.source(key)})"
-        other = "" if rows in (None, AUTO) else f" = {rows * ranks}"
+    if said is None and seen is None and total is not None and total % ranks:
         raise ConfigError(
-            f"`{whole}` is {total} ({settings.source(whole)}), and a step takes {given} x {_product(facts)}{other}. "
-            f"Set it to 'auto', or make these agree."
+            f"`{whole}` is {total} ({settings.source(whole)}), which {_product(facts)} cannot share evenly. Set it to "
+            f"a multiple of {ranks}, or to 'auto'."
+        )
+    if said is None:
+        rows, source = seen, facts.loader_name
+        if rows is None and total is not None:
+            rows, source = total // ranks, f"`{whole}` {total} over {_product(facts)}"
+        if rows is None:
+            rows, source = 1, "unknown, for no loader was prepared; nothing but DeepSpeed's printed rates use it"
+        settings.set(key, rows, source)
+    rows = settings.get(key)
+    if total is not None and total != rows * ranks:
+        raise ConfigError(
+            f"`{whole}` is {total} ({settings.source(whole)}), and a step takes {rows} rows ({settings.source(key)}) x "
+            f"{_product(facts)} = {rows * ranks}. Set it to 'auto', or make these agree."
         )
     settings.remove(whole)
     notes.rows.append((whole, settings.get(key) * ranks, f"{key} x {_product(facts)}"))

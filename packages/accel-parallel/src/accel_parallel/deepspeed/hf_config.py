@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,11 @@ __all__ = ["HfDeepSpeedConfig"]
 class HfDeepSpeedConfig:
     """Until `release`, ``from_pretrained`` and ``from_config`` of transformers follow this configuration.
 
-    At stage 3 they divide each module as it is built, and no process holds the model whole: the main process reads the
-    checkpoint, the others only its shapes, and modules are filled one at a time. At other stages they do as always.
-    transformers keeps a weak reference, so whoever makes one has to keep it. A later one takes over from it.
+    At stage 3 they divide each module as it is built, and no process holds the model whole: the main process maps the
+    checkpoint's files, the others take only its shapes, and modules are filled one at a time. At other stages they do
+    as always. Weights are held in the configuration's dtype (``bf16``, ``fp16`` or else float32), whatever a checkpoint
+    or ``dtype=`` says. transformers keeps a weak reference, so whoever makes one has to keep it. A later one takes over
+    from it.
 
     Args:
         config: a configuration of DeepSpeed without ``"auto"``, such as `DeepSpeedConfig.before_model` gives, or the
@@ -30,7 +33,7 @@ class HfDeepSpeedConfig:
 
     def __init__(self, config: Mapping[str, Any] | str | Path) -> None:
         values, _ = read_config(config)
-        self.config: dict[str, Any] = dict(values)
+        self.config: dict[str, Any] = copy.deepcopy(dict(values))
         """What ``zero.Init`` gets."""
         bridge = _bridge()
         if bridge is not None:
