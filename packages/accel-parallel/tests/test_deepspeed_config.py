@@ -9,12 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from accel_parallel.deepspeed import offload
 from accel_parallel.deepspeed.config import (
     CompletedConfig,
     DeepSpeedConfig,
@@ -26,7 +24,7 @@ from accel_parallel.deepspeed.config import (
 )
 from accel_parallel.deepspeed.placeholders import DummyOptim, DummyScheduler
 from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
-from accel_parallel.deepspeed.settings import Settings, table
+from accel_parallel.deepspeed.settings import Settings
 from accel_state.errors import ConfigError
 
 MODEL = nn.Linear(2, 3)
@@ -414,157 +412,6 @@ def test_leaf_classes_are_those_of_the_model() -> None:
     wrong.complete(Facts())
 
 
-@pytest.mark.parametrize(
-    ("stage", "arguments", "message"),
-    [
-        (0, {"offload_optimizer_device": "cpu"}, "optimizer states are from stage 1 on. Set `zero_stage=1`"),
-        (2, {"offload_param_device": "cpu"}, "parameters are from stage 3 on. Set `zero_stage=3`"),
-        (2, {"offload_optimizer_device": "nvme"}, "no folder is given. Set `offload_optimizer_nvme_path`"),
-        (2, {"offload_optimizer_nvme_path": "x"}, "has no effect with .*offload_optimizer.device` None"),
-        (3, {"offload_param_device": "cpu", "offload_param_nvme_path": "x"}, "has no effect with .* 'cpu'"),
-    ],
-)
-def test_offload_that_cannot_be_is_refused(stage: Any, arguments: dict[str, Any], message: str) -> None:
-    with refused(message):
-        config(None, zero_stage=stage, **arguments)
-
-
-def test_offload_is_checked_again_with_a_chosen_stage() -> None:
-    with refused("parameters are from stage 3 on"):
-        config(None, zero_stage="auto", offload_param_device="cpu").complete(Facts(), stage=2)
-
-
-def test_a_folder_for_offload_is_written_to_first(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "folder"
-    said = config(None, zero_stage=3, offload_optimizer_device="nvme", offload_optimizer_nvme_path=folder)
-    assert said.offload_devices.optimizer == "nvme"
-    assert list(folder.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with refused(r"offload_param.nvme_path` is '.*file/x' .*nothing can be written there: Not a directory. Give a"):
-        config(None, zero_stage=3, offload_param_device="nvme", offload_param_nvme_path=tmp_path / "file" / "x")
-
-
-def test_a_file_system_needs_asynchronous_access(tmp_path: Path) -> None:
-    said = config(None, zero_stage=3, offload_param_device="nvme", offload_param_nvme_path=tmp_path)
-    with refused(r"`zero_optimization.offload_param.device` is 'nvme' .*needs libaio, .*or offload to 'cpu'"):
-        said.complete(Facts(has_async_io=False))
-    said.complete(Facts())
-
-
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(offload.os, "fsync", full)
-    with refused("nothing can be written there: No space left on device"):
-        config(None, zero_stage=2, offload_optimizer_device="nvme", offload_optimizer_nvme_path=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-ADAMW: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
-
-
-def test_a_real_optimizer_is_taken_and_steps_on_the_host_where_states_are_offloaded() -> None:
-    facts = Facts(optimizer=torch.optim.AdamW(MODEL.parameters()))
-    completed = complete(None, facts)
-    assert completed.values["zero_allow_untested_optimizer"] is True
-    assert completed.warnings == ()
-    assert "zero_force_ds_cpu_optimizer" not in completed.values
-    offloaded = complete(None, facts, offload_optimizer_device="cpu")
-    assert offloaded.values["zero_force_ds_cpu_optimizer"] is False
-    assert "torch's `AdamW` steps on the host. To step with DeepSpeed's" in offloaded.warnings[0]
-    assert offloaded.warnings[0] in offloaded.explain()
-    no_compiler = Facts(optimizer=facts.optimizer, has_compiler=False)
-    assert "needs a C++ compiler" in complete(None, no_compiler, offload_optimizer_device="cpu").warnings[0]
-    kept = complete({"zero_allow_untested_optimizer": False}, facts)
-    assert kept.values["zero_allow_untested_optimizer"] is False
-    with refused("`zero_force_ds_cpu_optimizer` is true .* DeepSpeed would refuse it"):
-        complete({"zero_force_ds_cpu_optimizer": True}, facts, zero_stage=2, offload_optimizer_device="cpu")
-
-
-def test_one_optimizer_for_one_model() -> None:
-    dummy = DummyOptim(MODEL.parameters())
-    with refused("an `optimizer` section .*, and a `SGD` was prepared: two optimizers.*Prepare `DummyOptim"):
-        complete(ADAMW, Facts(optimizer=torch.optim.SGD(MODEL.parameters(), lr=0.1)))
-    with refused("A `DummyOptim` was prepared, .* no `optimizer` section. Add one"):
-        complete(None, Facts(optimizer=dummy))
-    with refused("no optimizer was prepared together with the model"):
-        complete(ADAMW, Facts())
-    with refused(r"`optimizer.params.lr` is 0.01 \(`hf_ds_config`\) and 0.1 \(`DummyOptim\(lr=0.1\)`\)"):
-        complete(ADAMW, Facts(optimizer=DummyOptim(MODEL.parameters(), lr=0.1)))
-    assert complete(ADAMW, Facts(optimizer=dummy)).values["optimizer"] == ADAMW["optimizer"]
-    added = complete(ADAMW, Facts(optimizer=DummyOptim(MODEL.parameters(), weight_decay=0.1)))
-    assert added.values["optimizer"]["params"] == {"lr": 0.01, "weight_decay": 0.1}
-
-
-@pytest.mark.parametrize("kind", ["AdamW", "adam", "Lamb", "Muon", "SGD", "RMSprop"])
-def test_optimizers_of_deepspeed_and_of_torch_are_known(kind: str) -> None:
-    complete({"optimizer": {"type": kind}}, Facts(optimizer=DummyOptim(MODEL.parameters())))
-
-
-@pytest.mark.parametrize("section", [{"type": "AdmW"}, {"type": "sgd"}, {"type": "auto"}, {"params": {}}])
-def test_an_optimizer_that_nobody_has_is_refused(section: dict[str, Any]) -> None:
-    with refused("`optimizer.type` is .* neither an optimizer of DeepSpeed nor of torch"):
-        complete({"optimizer": section}, Facts(optimizer=DummyOptim(MODEL.parameters())))
-
-
-def test_without_a_compiler_torch_steps_and_this_is_said() -> None:
-    dummy = DummyOptim(MODEL.parameters())
-    for device_type, device, fallback in (("cpu", "none", True), ("cuda", "cpu", True), ("cuda", "none", False)):
-        facts = Facts(optimizer=dummy, has_compiler=False, device_type=device_type)
-        completed = complete(ADAMW, facts, zero_stage=2, offload_optimizer_device=device)
-        params = completed.values["optimizer"]["params"]
-        assert params == ({"lr": 0.01, "torch_adam": True, "weight_decay": 0.0} if fallback else {"lr": 0.01})
-        assert [line.startswith("torch's Adam steps on the host") for line in completed.warnings] == [True] * fallback
-    with refused("`optimizer.type` is 'Lion' .* no C\\+\\+ compiler, ninja and Python.h here"):
-        complete({"optimizer": {"type": "Lion"}}, Facts(optimizer=dummy, has_compiler=False))
-    complete({"optimizer": {"type": "Adagrad"}}, Facts(optimizer=dummy, has_compiler=False))
-
-
-def warmup(**params: Any) -> dict[str, Any]:
-    return {"scheduler": {"type": "WarmupLR", "params": params}}
-
-
-def test_schedules_go_with_their_placeholders() -> None:
-    real = torch.optim.SGD(MODEL.parameters(), lr=0.1)
-    with refused("a `scheduler` section .* no `DummyScheduler` was prepared in its place, so it would never step"):
-        complete(warmup(), Facts(optimizer=real))
-    with refused("has no `scheduler` section. Add one"):
-        complete(None, Facts(optimizer=real, scheduler=DummyScheduler(real)))
-    with refused("two schedules for one optimizer"):
-        complete(warmup(), Facts(optimizer=real, scheduler=DummyScheduler(real, lr_scheduler_callable=print)))
-    own = complete(None, Facts(optimizer=real, scheduler=DummyScheduler(real, lr_scheduler_callable=print)))
-    assert own.scheduler is None
-    open_end = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}
-    with refused("`scheduler.params.total_num_steps` is 'auto' .* Pass `DummyScheduler"):
-        complete(open_end, Facts(optimizer=real, scheduler=DummyScheduler(real)))
-    with refused(r"`scheduler.params.warmup_num_steps` is 7 .* and 3 \(`DummyScheduler\(warmup_num_steps=3\)`"):
-        complete(warmup(warmup_num_steps=7), Facts(optimizer=real, scheduler=DummyScheduler(real, warmup_num_steps=3)))
-
-
-def test_a_schedule_takes_what_it_has_parameters_for() -> None:
-    real = torch.optim.SGD([{"params": [MODEL.weight], "lr": 0.1}, {"params": [MODEL.bias], "lr": 0.2}])
-    schedule = DummyScheduler(real, total_num_steps=10, warmup_num_steps=0, warmup_type="linear")
-    facts = Facts(optimizer=real, scheduler=schedule)
-    completed = complete(warmup(warmup_max_lr="auto", warmup_num_steps="auto"), facts)
-    assert completed.scheduler == ScheduleSection(
-        "WarmupLR", {"warmup_max_lr": [0.1, 0.2], "warmup_num_steps": 1, "warmup_type": "linear"}
-    )
-    assert "scheduler" not in completed.values
-    assert "not used by WarmupLR" in completed.explain()
-    cycle = {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 1.0}}}
-    taken = complete(cycle, Facts(optimizer=real, scheduler=DummyScheduler(real, 10, 2))).scheduler
-    assert taken == ScheduleSection("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 1.0})
-
-
-def test_the_peak_of_a_warmup_is_the_rate_of_the_section() -> None:
-    file = {**warmup(warmup_max_lr="auto"), **ADAMW}
-    optimizer = DummyOptim([{"params": [MODEL.weight]}, {"params": [MODEL.bias], "lr": 0.5}])
-    taken = complete(file, Facts(optimizer=optimizer, scheduler=DummyScheduler(optimizer))).scheduler
-    assert taken is not None
-    assert taken.params == {"warmup_max_lr": [0.01, 0.5]}
-
-
 def test_sizes_follow_the_width_where_they_are_open() -> None:
     names = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
     for stage, width, expected in (
@@ -628,41 +475,6 @@ def test_before_a_model_exists_its_division_is_described() -> None:
         config(None, zero_stage=2).before_model(precision="no")
     with refused("`fp16.enabled` is True .* and `mixed_precision` is 'no'"):
         config({"fp16": {"enabled": True}, "zero_optimization": {"stage": 3}}).before_model(precision="no")
-
-
-leaf = st.one_of(st.integers(), st.booleans(), st.just("auto"), st.lists(st.integers(), max_size=2))
-section = st.recursive(
-    leaf, lambda inner: st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, max_size=3), max_leaves=8
-)
-sections = st.dictionaries(st.text("abc", min_size=1, max_size=2), section, max_size=4)
-
-
-@given(values=sections, data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_settings_hold_what_was_written_and_where_from(values: dict[str, Any], data: st.DataObject) -> None:
-    held = Settings(values, "file")
-    assert held.values == values
-    assert [key for key, _, source in held.rows() if source != "file"] == []
-    rebuilt = Settings()
-    for key, value, source in held.rows():
-        rebuilt.set(key, value, source)
-    assert rebuilt.values == values
-    assert rebuilt.rows() == held.rows()
-    if held.names():
-        key = data.draw(st.sampled_from(held.names()))
-        held.set(key, {"x": 1}, "argument")
-        assert (held.get(f"{key}.x"), held.source(f"{key}.x"), held.source(key)) == (1, "argument", "argument")
-        held.remove(key)
-        assert held.get(key) is None
-        assert all(not name.startswith(f"{key}.") for name in held.names())
-    assert values == Settings(values).values
-
-
-def test_true_and_one_are_not_the_same_setting() -> None:
-    held = Settings({"a": True}, "file")
-    with refused(r"`a` is True \(file\) and 1 \(argument\)"):
-        held.merge("a", 1, "argument")
-    assert table(()) == ""
 
 
 def test_a_message_has_its_three_parts() -> None:

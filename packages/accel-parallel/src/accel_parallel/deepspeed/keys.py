@@ -173,16 +173,15 @@ def _model_within(annotation: Any) -> Any:
 
 
 def _check_values(model: Any, held: Mapping[str, Any], key: str, source: str) -> None:
-    from pydantic import ValidationError  # type: ignore[import-not-found,unused-ignore] # DeepSpeed needs it
-
     try:
         model(**{name: value for name, value in held.items() if value != AUTO})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join([key, *map(str, first["loc"])])
+    except ValueError as error:  # pydantic's own is one, and tells which value
+        told = getattr(error, "errors", list)()
+        place = ".".join([key, *map(str, told[0]["loc"])]) if told else key
+        value, why = (told[0]["input"], told[0]["msg"]) if told else (dict(held), str(error))
         raise ConfigError(
-            f"`{place}` is {first['input']!r} ({source}), which DeepSpeed does not take: {first['msg']}. Change it, or "
-            f"take it out for DeepSpeed's default."
+            f"`{place}` is {value!r} ({source}), which DeepSpeed does not take: {why}. Change it, or take it out for "
+            f"DeepSpeed's default."
         ) from None
 
 
