@@ -1,4 +1,4 @@
-"""The repository's ``conftest.py``: a run that hangs where pytest-timeout cannot reach ends, and shows where."""
+"""The plugin that every run of tests has: one that hangs where pytest-timeout cannot reach ends, and shows where."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from repository import ROOT
+from accel_state.testing import hangs
 
 CASES = {
     "with the interpreter's lock": """\
@@ -65,7 +65,7 @@ def test_hangs(number):
 
 
 def run(tmp_path: Path, test: str) -> subprocess.CompletedProcess[str]:
-    quick = re.sub(r"^(GRACE_S|EXIT_S) = .*", r"\1 = 1.0", (ROOT / "conftest.py").read_text(), flags=re.MULTILINE)
+    quick = re.sub(r"^(GRACE_S|EXIT_S) = .*", r"\1 = 1.0", Path(hangs.__file__).read_text(), flags=re.MULTILINE)
     (tmp_path / "conftest.py").write_text(quick)
     (tmp_path / "test_it.py").write_text(test)
     return subprocess.run(

@@ -1,4 +1,6 @@
-"""Ends a run of tests that hangs and shows where, whatever it hangs in.
+"""A plugin of pytest that ends a run of tests that hangs and shows where, whatever it hangs in.
+
+Load it by ``-p accel_state.testing.hangs``; it goes with pytest-timeout.
 
 pytest-timeout raises in the main thread, which never gets to it while it waits in native code, or while another thread
 keeps the interpreter's lock. A moment later than that, and whenever the interpreter does not end after the last test,
@@ -41,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_stderr] = os.dup(2)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
     """Of pytest-timeout, where a test has a timeout; it sets its own timer after this."""
     item.stash[_limit_s] = settings.timeout + GRACE_S
