@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any, get_args
 
-from accel_parallel.deepspeed.available import is_installed
+from accel_parallel.deepspeed.available import is_installed, require_deepspeed
 from accel_parallel.deepspeed.settings import AUTO
 from accel_state.config import did_you_mean
 from accel_state.errors import ConfigError
@@ -118,6 +118,7 @@ def check_sections(values: Mapping[str, Any], source: str) -> None:
     """
     if not is_installed():
         return
+    require_deepspeed()  # an older one has other models
     for key, (module, name) in _MODELS.items():
         outer, _, inner = key.rpartition(".")
         held = (values.get(outer) or {}).get(inner) if outer else values.get(inner)
@@ -176,7 +177,7 @@ def _check_values(model: Any, held: Mapping[str, Any], key: str, source: str) ->
     try:
         model(**{name: value for name, value in held.items() if value != AUTO})
     except ValueError as error:  # pydantic's own is one, and tells which value
-        told = getattr(error, "errors", list)()
+        told: list[Any] = getattr(error, "errors", list)()
         place = ".".join([key, *map(str, told[0]["loc"])]) if told else key
         value, why = (told[0]["input"], told[0]["msg"]) if told else (dict(held), str(error))
         raise ConfigError(
