@@ -86,18 +86,19 @@ class DeepSpeedSequenceParallelConfig:
                 f"`sp_attn_implementation={name!r}` names no attention. Use 'sdpa', 'flash_attention_2' or "
                 f"'flash_attention_3', or leave it out for that of the model."
             )
-        if name in _REFUSED_ATTENTION:
+        if name in REFUSED_ATTENTION:
             raise ConfigError(
-                f"`sp_attn_implementation={name!r}` computes with {_REFUSED_ATTENTION[name]}. Use 'sdpa', "
+                f"`sp_attn_implementation={name!r}` computes with {REFUSED_ATTENTION[name]}. Use 'sdpa', "
                 f"'flash_attention_2' or 'flash_attention_3'."
             )
 
 
-_REFUSED_ATTENTION = {
+REFUSED_ATTENTION = {
     "eager": "a mask over one rank's tokens, and without one it is not causal",
     "paged|eager": "a cache of keys and values, which a divided sequence has none of",
     "flex_attention": "a mask that DeepSpeed replaces by a causal one, whatever it was",
 }
+"""Attention of transformers that DeepSpeed's cannot stand around, and what it computes with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from accel_parallel.forwards import Forward
-from accel_parallel.parallelism import DeepSpeedSequenceParallelConfig, ParallelismConfig
+from accel_parallel.parallelism import REFUSED_ATTENTION, DeepSpeedSequenceParallelConfig, ParallelismConfig
 from accel_parallel.sequence.attention import SequenceParallel
 from accel_parallel.sequence.ulysses import check_heads
 from accel_state.errors import ConfigError
@@ -168,7 +168,11 @@ class DeepSpeedUlysses(SequenceParallel):
                 + (f"`sp_attn_implementation={asked!r}`" if asked else "DeepSpeed replaces one of them")
                 + f'. Load it with `attn_implementation="{implementation}"`.'
             )
-        DeepSpeedSequenceParallelConfig(sp_attn_implementation=implementation)  # refuses what it would
+        if implementation in REFUSED_ATTENTION:
+            raise ConfigError(
+                f"`{name}` computes attention by {implementation!r}, with {REFUSED_ATTENTION[implementation]}. Load it "
+                f'with `attn_implementation="sdpa"`.'
+            )
         return implementation
 
     def _check_other(self, model: nn.Module, implementation: str) -> None:
@@ -259,7 +263,10 @@ class DeepSpeedUlysses(SequenceParallel):
         kwargs["position_ids"] = places.contiguous()
         self._calls.attended += 1
         with _same_groups(module):
-            return self._attention_for(core, query, key)(module, query, key, value, attention_mask, *args, **kwargs)
+            attention = self._attention_for(core, query, key)
+            answer, weights = attention(module, query, key, value, attention_mask, *args, **kwargs)
+        # (batch, tokens, heads * width), where transformers' own have heads apart, and some models count on it
+        return answer.unflatten(-1, (query.shape[1], query.shape[-1])), weights
 
     def _check_shapes(
         self,
