@@ -26,7 +26,7 @@ from accel_parallel.auto.links import Group
 from accel_parallel.auto.optimizers import OptimizerCost
 from accel_parallel.auto.profile import Growth, ModelProfile, Weights
 
-__all__ = ["StepTime", "predict_time"]
+__all__ = ["StepTime", "Unit", "copies_s", "exposed_s", "predict_time", "units_of"]
 
 _OVERHEAD = {"single": 0.0, "ddp": 0.0, "fsdp": 0.03}
 _BUCKET_BYTES = 25 * 2**20
@@ -81,7 +81,7 @@ class StepTime:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Unit:
+class Unit:
     """A block or the root: seconds of its computation, and bytes of what is exchanged for it."""
 
     count: int
@@ -95,7 +95,7 @@ def predict_time(
     profile: ModelProfile, layout: Layout, work: Workload, optimizer: OptimizerCost, hardware: Hardware
 ) -> StepTime:
     """How long a step takes, and what of it is not computation."""
-    units = _units(profile, layout, work, hardware)
+    units = units_of(profile, layout, work, hardware)
     forward = sum(unit.count * unit.forward_s for unit in units)
     backward = sum(unit.count * unit.backward_s for unit in units)
     again = sum(unit.count * unit.forward_s for unit in units[1:]) if layout.checkpointing else 0.0
@@ -104,9 +104,9 @@ def predict_time(
     if layout.strategy == "ddp":
         parts["reduce_s"] = _ddp_s(profile, layout, hardware, backward + again)
     elif layout.strategy == "fsdp":
-        exposed = _exposed(layout, hardware, units)
+        exposed = exposed_s(layout, hardware, units)
         parts |= {name: steps * value for name, value in exposed.items()}
-        parts["copy_s"] = steps * _copies_s(layout, hardware, units)
+        parts["copy_s"] = steps * copies_s(layout, hardware, units)
         parts["tensor_s"] = steps * _tensor_s(profile, layout, work, hardware)
         if layout.offload:
             parts["offload_s"] = steps * _offload_s(profile, layout, hardware, forward, backward)
@@ -115,12 +115,12 @@ def predict_time(
     return StepTime(samples=work.batch_size * steps * layout.data_size, **parts)
 
 
-def _units(profile: ModelProfile, layout: Layout, work: Workload, hardware: Hardware) -> list[_Unit]:
+def units_of(profile: ModelProfile, layout: Layout, work: Workload, hardware: Hardware) -> list[Unit]:
     """The root first, then each kind of block."""
     footprint = profile.sharded if layout.strategy == "fsdp" else profile.whole
     rate = hardware.flops_of(profile.compute_dtype)
 
-    def unit(weights: Weights, count: int, forward: Growth, backward: Growth, kept: Growth) -> _Unit:
+    def unit(weights: Weights, count: int, forward: Growth, backward: Growth, kept: Growth) -> Unit:
         local = weights.share(layout.tp)
         moved = local * profile.gathered_bytes(weights) + kept.at(work.batch_size, work.sequence_length)
         seconds = [
@@ -131,7 +131,7 @@ def _units(profile: ModelProfile, layout: Layout, work: Workload, hardware: Hard
             )
             for flops, passes in ((forward, 1), (backward, 2))
         ]
-        return _Unit(
+        return Unit(
             count=count, forward_s=seconds[0], backward_s=seconds[1],
             gathered_bytes=local * profile.gathered_bytes(weights),
             reduced_bytes=local * profile.reduced_bytes(weights),
@@ -154,7 +154,7 @@ def _ddp_s(profile: ModelProfile, layout: Layout, hardware: Hardware, backward_s
     return max(one, buckets * one - backward_s)
 
 
-def _exposed(layout: Layout, hardware: Hardware, units: list[_Unit]) -> dict[str, float]:
+def exposed_s(layout: Layout, hardware: Hardware, units: list[Unit]) -> dict[str, float]:
     """Of one micro-batch under `fully_shard`."""
     shards = Group(size=layout.shard, stride=layout.tp, hardware=hardware)
     copies = Group(size=layout.replicate, stride=layout.tp * layout.shard, hardware=hardware)
@@ -181,7 +181,7 @@ def _exposed(layout: Layout, hardware: Hardware, units: list[_Unit]) -> dict[str
     return exposed
 
 
-def _copies_s(layout: Layout, hardware: Hardware, units: list[_Unit]) -> float:
+def copies_s(layout: Layout, hardware: Hardware, units: list[Unit]) -> float:
     """Each gathering is copied out of one flat buffer, and gradients into one: a read and a write."""
     passes = 2 if layout.reshard else 1
     moved = sum(unit.count * (2 * passes * unit.gathered_bytes + 2 * unit.reduced_bytes) for unit in units)

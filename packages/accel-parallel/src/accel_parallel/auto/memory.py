@@ -26,7 +26,7 @@ from accel_parallel.auto.layout import Layout, Workload
 from accel_parallel.auto.optimizers import OptimizerCost
 from accel_parallel.auto.profile import Footprint, Growth, ModelProfile, UnitPass, Weights
 
-__all__ = ["Memory", "predict_memory"]
+__all__ = ["Memory", "Sizes", "predict_memory"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,13 +70,13 @@ _OTHERS = ("moment", "host_bytes")
 
 def predict_memory(profile: ModelProfile, layout: Layout, work: Workload, optimizer: OptimizerCost) -> Memory:
     """The most that one rank needs at once in a training step, in parts."""
-    run = _Run(profile, layout, work)
+    run = Sizes(profile, layout, work)
     moments = _sharded(run, optimizer) if layout.strategy == "fsdp" else _whole(run, optimizer)
     return max(moments, key=lambda memory: memory.total)
 
 
-class _Run:
-    """Sizes of one candidate on one rank."""
+class Sizes:
+    """What one candidate's micro-batch holds on one rank, and how its weights divide along ``tp``."""
 
     def __init__(self, profile: ModelProfile, layout: Layout, work: Workload) -> None:
         self.profile = profile
@@ -137,7 +137,7 @@ class _Run:
         return (self.at(unit.kept) + extra) * self._divided(unit)
 
 
-def _whole(run: _Run, optimizer: OptimizerCost) -> Iterator[Memory]:
+def _whole(run: Sizes, optimizer: OptimizerCost) -> Iterator[Memory]:
     """One process, or DDP."""
     profile, footprint = run.profile, run.footprint
     trained = run.total("trainable_bytes")
@@ -179,7 +179,7 @@ def _whole(run: _Run, optimizer: OptimizerCost) -> Iterator[Memory]:
     yield memory("optimizer step", trained, optimizer=states + optimizer.step_extra * trained)
 
 
-def _sharded(run: _Run, optimizer: OptimizerCost) -> Iterator[Memory]:
+def _sharded(run: Sizes, optimizer: OptimizerCost) -> Iterator[Memory]:
     """`fully_shard`, of each block and of the root around them."""
     profile, footprint, layout = run.profile, run.footprint, run.layout
     size = layout.shard

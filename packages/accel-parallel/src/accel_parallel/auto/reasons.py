@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from accel_parallel.auto.layout import Layout
@@ -12,12 +12,15 @@ from accel_parallel.auto.text import gib, largest_parts, time_parts
 __all__ = ["reasons_for"]
 
 
-def reasons_for(chosen: Candidate, candidates: Sequence[Candidate]) -> tuple[str, ...]:
+def reasons_for(
+    chosen: Candidate, candidates: Sequence[Candidate], *, neighbours: Iterable[Layout] | None = None
+) -> tuple[str, ...]:
     """One sentence for the chosen one, and one for each of its neighbours.
 
     Args:
         chosen: the first of `candidates`.
         candidates: those that fit first, faster ones first.
+        neighbours: what one would have expected instead; ``None``: what is simpler or differs in one setting.
     """
     fitting = sum(candidate.fits for candidate in candidates)
     tied = sum(each.fits and each.time.per_sample_s == chosen.time.per_sample_s for each in candidates) > 1
@@ -26,7 +29,7 @@ def reasons_for(chosen: Candidate, candidates: Sequence[Candidate]) -> tuple[str
     first = f"{only}, of {len(candidates)} candidates: {1 / chosen.time.per_sample_s:,.1f} samples a second."
     known = {candidate.layout: candidate for candidate in candidates}
     others: dict[Layout, Candidate] = {}
-    for layout in _neighbours(chosen.layout, candidates):
+    for layout in _neighbours(chosen.layout, candidates) if neighbours is None else neighbours:
         if layout != chosen.layout and layout in known:
             others.setdefault(layout, known[layout])
     return (first, *(_why_not(chosen, other) for other in others.values()))
