@@ -292,6 +292,8 @@ def differences(names: list[str]) -> dict[str, float]:
         sequence.attach(model)
         loss, gradients = outcome(model, batch, sequence)
         sequence.detach(model)
+        times = [getattr(each, "num_key_value_groups", None) for each in model.modules()]
+        assert times == [getattr(each, "num_key_value_groups", None) for each in network(kind).modules()]
         for parameter in model.parameters():
             parameter.grad = None
         exact, expected = outcome(model, batch, None)  # the same model again, which is whole then
