@@ -462,6 +462,8 @@ def test_what_is_settled_stays() -> None:
     assert found.offload_param == "none"
     found = choose(SMALL, 8, offload_optimizer="none", offload_param="cpu")
     assert (found.stage, found.offload_optimizer, found.offload_param) == (3, "none", "cpu")
+    found = choose(SMALL, 8, allow_offload=False, offload_param="cpu")
+    assert (found.stage, found.offload_optimizer, found.offload_param) == (3, "none", "cpu")
 
 
 def test_candidates_come_in_order() -> None:
@@ -661,6 +663,7 @@ def test_smaller_buffers_are_proposed_where_they_are_enough() -> None:
         ({"reserve": 1.0}, "`reserve=1.0` is no part"),
         ({"optimizer": "adamv"}, "`optimizer='adamv'` is not known.* mean"),
         ({"precision": "fp16"}, "`precision='fp16'` and a profile of model for precision"),
+        ({"offload_param": "nvme"}, "`offload_param` is settled to be 'nvme'"),
         ({"example_inputs": torch.zeros(1)}, "`example_inputs` and `loss` have no effect"),
     ],
 )

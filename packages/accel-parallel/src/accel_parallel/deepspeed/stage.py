@@ -131,6 +131,7 @@ def choose_stage(
     )
     is_known = profile.sharded != _nothing(len(profile.blocks))
     _check(world_size, is_known, batch_size, reserve)
+    _check_devices({"offload_optimizer": offload_optimizer, "offload_param": offload_param})
     work = Workload(
         batch_size=1 if batch_size is None else batch_size,
         sequence_length=(sequence_length or profile.sequence_length or 1) if is_known else 1,
@@ -199,6 +200,15 @@ def _check(world_size: int, is_known: bool, batch_size: int | None, reserve: flo
             "`zero_stage='auto'` knows what a sample takes, and not how many samples a process computes at once. "
             "Give `batch_size`, such as that of the loader."
         )
+
+
+def _check_devices(settled: Mapping[str, str | None]) -> None:
+    for name, device in settled.items():
+        if device not in (None, "none", "cpu"):
+            raise ConfigError(
+                f"`zero_stage='auto'` compares memory of devices and hosts, and `{name}` is settled to be {device!r}. "
+                f"Set `zero_stage` yourself, or offload to 'cpu'."
+            )
 
 
 def _profile(

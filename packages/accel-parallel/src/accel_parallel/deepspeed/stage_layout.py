@@ -122,7 +122,7 @@ def zero_layouts(
         checkpointing: whether blocks are computed a second time in backward.
     """
     for on_host in ((False, False), (True, False), (False, True), (True, True)):
-        if on_host == (False, True) and optimizer is None:
+        if on_host == (False, True) and params is None:
             continue  # optimizer states take more, and are needed less often
         if not all(_allowed(said, there, offload) for said, there in zip((optimizer, params), on_host, strict=True)):
             continue
