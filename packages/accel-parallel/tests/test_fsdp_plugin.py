@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from accel_parallel import FullyShardedDataParallelPlugin
-from accel_parallel.fsdp.strategy import precision_policy
+from accel_parallel.fsdp.precision import precision_policy
 from accel_state.errors import ConfigError
 
 

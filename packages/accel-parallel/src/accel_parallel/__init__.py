@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from accel_parallel.compilation import is_compiled as is_compiled
     from accel_parallel.compilation import uncompile as uncompile
     from accel_parallel.ddp import DDPStrategy as DDPStrategy
+    from accel_parallel.deepspeed.hf_config import HfDeepSpeedConfig as HfDeepSpeedConfig
+    from accel_parallel.deepspeed.placeholders import DummyOptim as DummyOptim
+    from accel_parallel.deepspeed.placeholders import DummyScheduler as DummyScheduler
+    from accel_parallel.deepspeed.plugin import DeepSpeedPlugin as DeepSpeedPlugin
+    from accel_parallel.deepspeed.strategy import DeepSpeedStrategy as DeepSpeedStrategy
     from accel_parallel.dtype_table import dtype_table as dtype_table
     from accel_parallel.dtype_table import format_dtype_table as format_dtype_table
     from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from accel_parallel.local_sgd import LocalSGD as LocalSGD
     from accel_parallel.local_sgd import average_model as average_model
     from accel_parallel.optimizer import PreparedOptimizer as PreparedOptimizer
+    from accel_parallel.parallelism import DeepSpeedSequenceParallelConfig as DeepSpeedSequenceParallelConfig
     from accel_parallel.parallelism import ParallelismConfig as ParallelismConfig
     from accel_parallel.parallelism import TorchContextParallelConfig as TorchContextParallelConfig
     from accel_parallel.pipeline import PipelinedModel as PipelinedModel
@@ -69,6 +75,12 @@ if TYPE_CHECKING:
     from accel_parallel.tensor.plan import plan_tensor_parallel as plan_tensor_parallel
 
 _HOME = {
+    "DeepSpeedPlugin": "deepspeed.plugin",
+    "DeepSpeedSequenceParallelConfig": "parallelism",
+    "DeepSpeedStrategy": "deepspeed.strategy",
+    "DummyOptim": "deepspeed.placeholders",
+    "DummyScheduler": "deepspeed.placeholders",
+    "HfDeepSpeedConfig": "deepspeed.hf_config",
     "plan_split_points": "pipeline",
     "PipelinedModel": "pipeline",
     "prepare_pippy": "pipeline",

@@ -8,6 +8,7 @@ from torch import nn
 
 from accel_parallel.mesh import Mesh
 from accel_parallel.parallelism import ParallelismConfig
+from accel_state.errors import ConfigError
 from accel_state.logging import get_logger
 
 if TYPE_CHECKING:
@@ -100,11 +101,16 @@ class ModelAxes:
             return None
         from accel_parallel.sequence.attention import SequenceParallel
 
+        if self._parallelism.sp_backend == "deepspeed":
+            raise ConfigError(
+                f"`sp_backend='deepspeed'` (`sp_size={shape.sp}`) is for models that DeepSpeed trains, and FSDP "
+                f"spreads these. Give a `deepspeed_plugin`, or use `sp_backend='native'`."
+            )
         in_context = shape.cp > 1
         return SequenceParallel(
             self._mesh.group("cp" if in_context else "sp"),
             kind="context" if in_context else "ulysses",
-            backend=self._parallelism.cp_backend if in_context else self._parallelism.sp_backend,
+            backend=self._parallelism.cp_backend if in_context else "native",
             options=self._parallelism.cp_handler,
             device_type=self._mesh.root.device_type,
             tp_size=self._tp_size,

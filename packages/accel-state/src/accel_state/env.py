@@ -250,3 +250,13 @@ def first_host(nodes: str) -> str:
             end = index
             break
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[:end])
+
+
+def told_to_others(name: str) -> str | None:
+    """A variable that another library reads, for who has to know what that will do. Nothing of ours is set by it."""
+    return os.environ.get(name)
+
+
+def tell_others(name: str, value: str) -> None:
+    """Set a variable that another library insists on reading, unless somebody has. It stays for the process's life."""
+    os.environ.setdefault(name, value)

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from accel_launch.notebook import notebook_launcher as notebook_launcher
     from accel_parallel import AutoParallelism as AutoParallelism
     from accel_parallel import DDPCommunicationHookType as DDPCommunicationHookType
+    from accel_parallel import DeepSpeedPlugin as DeepSpeedPlugin
+    from accel_parallel import DeepSpeedSequenceParallelConfig as DeepSpeedSequenceParallelConfig
     from accel_parallel import DistributedDataParallelKwargs as DistributedDataParallelKwargs
+    from accel_parallel import DummyOptim as DummyOptim
+    from accel_parallel import DummyScheduler as DummyScheduler
     from accel_parallel import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
     from accel_parallel import GradientAccumulationPlugin as GradientAccumulationPlugin
+    from accel_parallel import HfDeepSpeedConfig as HfDeepSpeedConfig
     from accel_parallel import InitProcessGroupKwargs as InitProcessGroupKwargs
     from accel_parallel import ParallelismConfig as ParallelismConfig
     from accel_parallel import TorchContextParallelConfig as TorchContextParallelConfig
@@ -66,6 +71,11 @@ _HOME = {
     "notebook_launcher": "accel_launch.notebook",
     "DDPCommunicationHookType": "accel_parallel",
     "DistributedDataParallelKwargs": "accel_parallel",
+    "DeepSpeedPlugin": "accel_parallel",
+    "DeepSpeedSequenceParallelConfig": "accel_parallel",
+    "DummyOptim": "accel_parallel",
+    "DummyScheduler": "accel_parallel",
+    "HfDeepSpeedConfig": "accel_parallel",
     "GradientAccumulationPlugin": "accel_parallel",
     "InitProcessGroupKwargs": "accel_parallel",
     "FullyShardedDataParallelPlugin": "accel_parallel",

@@ -22,7 +22,7 @@ from accel.metrics import current_batch, gather_for_metrics
 from accel.planning import as_request, settle
 from accel.process_view import ProcessView
 from accel.project import ProjectConfiguration, settled
-from accel.resolve import open_process, resolve
+from accel.resolve import open_process
 from accel.run_state import RunState
 from accel.saving import LoadHook, SaveHook, Saving
 from accel.spreading import asked_for, dynamo_plugin_of, make_strategy, mesh_shape
@@ -128,31 +128,24 @@ class Accelerator(ProcessView):
             )
         plugin = gradient_accumulation_plugin
         asked = asked_for(strategy, fsdp_plugin, deepspeed_plugin, deepspeed_plugins)
-        computes, computes_by = asked.said("mixed_precision", mixed_precision)
-        steps = plugin.num_steps if plugin else gradient_accumulation_steps
-        num_steps, counted_by = asked.said("gradient_accumulation_steps", steps)
         environment = Process.current().environment if Process.is_open() else detect()
         group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
-        self.config: RunConfig = resolve(
+        self.config: RunConfig = asked.resolve(
             {
                 "device": "cpu" if cpu else None,
-                "mixed_precision": computes,
-                "gradient_accumulation_steps": num_steps,
+                "mixed_precision": mixed_precision,
+                "gradient_accumulation_steps": plugin.num_steps if plugin else gradient_accumulation_steps,
                 "backend": group.backend if group else None,
                 "timeout_s": group.timeout.total_seconds() if group and group.timeout else None,
                 "project_dir": None if project_dir is None else str(project_dir),
             },
             LaunchSettings.from_json(environment.run_config),
-            sources={"mixed_precision": computes_by, "gradient_accumulation_steps": counted_by},
         )
         """Every setting, with its source."""
         world_size = environment.topology().world_size
         self.parallelism_config = parallelism_config
         """How many processes each kind of parallelism was given; ``None`` where nothing was asked for."""
-        chosen_by = {
-            "strategy": strategy, asked.argument or "": asked.options, "parallelism_config": parallelism_config
-        }  # fmt: skip
-        self._request = as_request(parallelism, chosen_by)
+        self._request = as_request(parallelism, {**asked.named, "parallelism_config": parallelism_config})
         self.plan: Plan | None = None
         """What ``parallelism="auto"`` chose, once a model is prepared."""
         self.process = open_process(self.config, mesh_shape(parallelism_config, world_size))

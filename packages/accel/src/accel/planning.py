@@ -14,12 +14,11 @@ from torch.utils.data import DataLoader
 
 from accel.engine import Engine
 from accel_parallel.strategy import Strategy
-from accel_state.collectives import gather_object
 from accel_state.errors import ConfigError
 from accel_state.process import Process
 
 if TYPE_CHECKING:
-    from accel_parallel.auto import AutoParallelism, Hardware, Plan
+    from accel_parallel.auto import AutoParallelism, Plan
 
 __all__ = ["Spread", "as_request", "plan_run", "settle"]
 
@@ -70,7 +69,7 @@ def plan_run(
     Raises:
         ConfigError: if it is not known what the model is given, or nothing fits.
     """
-    from accel_parallel.auto import optimizer_cost, profile_model, select_plan
+    from accel_parallel.auto import agreed_hardware, optimizer_cost, profile_model, select_plan
 
     if len(models) != 1:
         raise ConfigError(
@@ -89,7 +88,7 @@ def plan_run(
     )
     return select_plan(
         profile,
-        request.hardware or _agreed_hardware(process),
+        request.hardware or agreed_hardware(process),
         world_size=process.topology.world_size,
         batch_size=request.batch_size,
         gradient_accumulation_steps=accumulation_steps,
@@ -152,20 +151,6 @@ def settle(
         checkpoint_activations(models[0])
     engine.adopt(spread(name=plan.strategy, options=plan.fsdp_plugin(), parallelism=plan.parallelism))
     return plan
-
-
-def _agreed_hardware(process: Process) -> Hardware:
-    """That of this process, with the least memory and speed that any has, so that all ranks choose the same plan."""
-    from accel_parallel.auto import detect_hardware
-
-    own = detect_hardware(process.topology, process.device)
-    everybody = gather_object([own], process=process)
-    return replace(
-        own,
-        memory_bytes=min(each.memory_bytes for each in everybody),
-        host_memory_bytes=min(each.host_memory_bytes for each in everybody),
-        flops_per_s=min((each.flops_per_s for each in everybody), key=lambda speeds: speeds["float32"]),
-    )
 
 
 def _completed(request: AutoParallelism, model: nn.Module, loaders: Sequence[Any]) -> AutoParallelism:

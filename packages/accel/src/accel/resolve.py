@@ -16,7 +16,7 @@ __all__ = ["open_process", "resolve"]
 
 
 def resolve(
-    arguments: Mapping[str, Any], launch: LaunchSettings, *, sources: Mapping[str, str | None] | None = None
+    arguments: Mapping[str, Any], launch: LaunchSettings, *, sources: Mapping[str, str] | None = None
 ) -> RunConfig:
     """Merge the settings of a run.
 
@@ -36,7 +36,7 @@ def resolve(
             continue
         overruled = name in values and values[name] != value
         before = f", over {found.get(name, 'the launcher')}={values[name]!r}" if overruled else ""
-        values[name], found[name] = value, f"{elsewhere.get(name) or 'argument of Accelerator'}{before}"
+        values[name], found[name] = value, f"{elsewhere.get(name, 'argument of Accelerator')}{before}"
     return RunConfig(**values, sources=found)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from accel.resolve import resolve
 from accel_parallel.plugins import DistributedDataParallelKwargs
 from accel_parallel.select import select_strategy, strategy_class
 from accel_parallel.strategy import Strategy
+from accel_state.config import LaunchSettings, RunConfig
 from accel_state.errors import ConfigError
 from accel_state.process import Process
 from accel_state.topology import AXES, MeshShape
@@ -59,21 +61,36 @@ class Asked:
     argument: str | None = None
     """That gave the options."""
 
-    def said(self, name: str, given: Any) -> tuple[Any, str | None]:
-        """A setting of the run that the options may say too: its value, and where they said it.
+    @property
+    def named(self) -> dict[str, object]:
+        """What was given, by the argument that gave it."""
+        return {"strategy": self.strategy} if self.argument is None else {self.argument: self.options}
+
+    def resolve(self, arguments: Mapping[str, Any], launch: LaunchSettings) -> RunConfig:
+        """The settings of the run, of which the options may say some too.
+
+        Args:
+            arguments: settings by name as the script gave them; ``None`` means not given.
+            launch: settings that the launcher passed on.
 
         Raises:
-            ConfigError: if the argument of that name has another value.
+            ConfigError: if an argument has another value than the options, or a value cannot work.
         """
         if self.options is None or self.strategy is None:
-            return given, None
-        value, source = strategy_class(self.strategy).settings_in(self.options).get(name, (None, None))
-        if value is not None and given is not None and value != given:
-            raise ConfigError(
-                f"`{name}={given!r}` was given to the Accelerator, and {source} says {value!r}. Give it in one of the "
-                f"two places, or the same in both."
-            )
-        return (given, None) if value is None else (value, source)
+            return resolve(arguments, launch)
+        said = strategy_class(self.strategy).settings_in(self.options)
+        for name, (value, source) in said.items():
+            given = arguments.get(name)
+            if given is not None and given != value:
+                raise ConfigError(
+                    f"`{name}={given!r}` was given to the Accelerator, and {source} says {value!r}. Give it in one of "
+                    f"the two places, or the same in both."
+                )
+        return resolve(
+            {**arguments, **{name: value for name, (value, _) in said.items()}},
+            launch,
+            sources={name: source for name, (_, source) in said.items()},
+        )
 
 
 def asked_for(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accel_parallel.auto.choose import select_plan as select_plan
+    from accel_parallel.auto.devices import agreed_hardware as agreed_hardware
     from accel_parallel.auto.devices import detect_hardware as detect_hardware
     from accel_parallel.auto.examine import profile_model as profile_model
     from accel_parallel.auto.formula import TransformerSizes as TransformerSizes
@@ -32,6 +33,7 @@ _HOME = {
     "OptimizerCost": "optimizers",
     "Plan": "plan",
     "TransformerSizes": "formula",
+    "agreed_hardware": "devices",
     "detect_hardware": "devices",
     "optimizer_cost": "optimizers",
     "profile_model": "examine",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ from accel_state.topology import Topology
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["detect_hardware", "host_memory_bytes"]
+    from accel_state.process import Process
+
+__all__ = ["agreed_hardware", "detect_hardware", "host_memory_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,20 @@ def detect_hardware(topology: Topology, device: torch.device | str) -> Hardware:
         )
     properties = torch.cuda.get_device_properties(device)
     return hardware_of(properties.name, memory_bytes=properties.total_memory, topology=topology)
+
+
+def agreed_hardware(process: Process) -> Hardware:
+    """Every rank must call this. That of this process, with the least memory and speed that any has, so that all ranks choose the same plan."""
+    from accel_state.collectives import gather_object  # which needs torch, as nothing else here does
+
+    own = detect_hardware(process.topology, process.device)
+    everybody = gather_object([own], process=process)
+    return replace(
+        own,
+        memory_bytes=min(each.memory_bytes for each in everybody),
+        host_memory_bytes=min(each.host_memory_bytes for each in everybody),
+        flops_per_s=min((each.flops_per_s for each in everybody), key=lambda speeds: speeds["float32"]),
+    )
 
 
 def hardware_of(name: str, *, memory_bytes: int, topology: Topology) -> Hardware:

@@ -159,6 +159,15 @@ class DeepSpeedConfig:
         flag = self.plugin.zero3_init_flag
         return self.stage == 3 if flag is None else flag
 
+    def said(self, key: str) -> str | None:
+        """The value of a dotted key as text, where file or arguments give one."""
+        value = self._settings.given(key)
+        return None if value is None else str(value)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section as it was given, with what is left to be filled."""
+        return dict(self._settings.get(name) or {})
+
     def source(self, key: str) -> str:
         """Where the setting of a dotted key came from."""
         return self._settings.source(key)
@@ -253,12 +262,6 @@ class DeepSpeedConfig:
                 f"`bf16.enabled` ({settings.source('bf16.enabled')}) and `fp16.enabled` "
                 f"({settings.source('fp16.enabled')}) are both true, and the model computes in one of them. Set one to "
                 f"false."
-            )
-        if self.tp_size > 1 and stage == 3:
-            raise ConfigError(
-                f"`tensor_parallel.autotp_size` is {self.tp_size} ({settings.source('tensor_parallel.autotp_size')}) "
-                f"and `{_STAGE}` is 3 ({settings.source(_STAGE)}): both would divide the same parameters. Use stage 2 "
-                f"or less with AutoTP."
             )
         refuse_foreign_duties(settings)
         if stage != AUTO:

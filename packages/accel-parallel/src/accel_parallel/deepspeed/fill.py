@@ -132,6 +132,9 @@ def fill_mesh(settings: Settings, facts: Facts, notes: Notes) -> None:
             raise settings.conflict(key, size, f"`ParallelismConfig({name}={size})`")
         if said is None and (size > 1 or settings.is_auto(key)):
             settings.set(key, size, f"`ParallelismConfig({name}={size})`")
+    key = "tensor_parallel.vocab_parallel_lm_head"
+    if facts.tp_size > 1 and settings.get(key) is None:
+        settings.set(key, False, "logits over the whole vocabulary, as without AutoTP")
 
 
 def fill_buckets(settings: Settings, facts: Facts, notes: Notes) -> None:

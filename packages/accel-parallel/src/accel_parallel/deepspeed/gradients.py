@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from accel_parallel.clip import gradients_of, scale_gradients_
+from accel_parallel.deepspeed.tensor import TensorDivision
 from accel_state.errors import ConfigError
 
 __all__ = ["Gradients", "gradients_held_by"]
@@ -26,10 +28,19 @@ _EPSILON = 1e-6
 """Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
 
 
-def gradients_held_by(engine: Any, parameters: Sequence[torch.Tensor], *, stage: int) -> Gradients:
-    """What holds the gradients of an engine with an optimizer."""
+def gradients_held_by(
+    engine: Any, parameters: Sequence[torch.Tensor], *, stage: int, division: TensorDivision
+) -> Gradients:
+    """What holds the gradients of an engine with an optimizer.
+
+    Args:
+        engine: what ``deepspeed.initialize`` gave.
+        parameters: that its optimizer trains.
+        stage: of ZeRO.
+        division: of the model along tp.
+    """
     if stage == 0:
-        return _WholeGradients(engine, parameters)
+        return _WholeGradients(engine, parameters, division)
     return _DividedGradients(engine, parameters, stage=stage)
 
 
@@ -54,7 +65,7 @@ class Gradients(ABC):
                 "over the processes by then, so that no others can follow. Clip after the last backward of a window, "
                 "and step after that."
             )
-        if self.divisor is not 1.0 and not _is_one(self.divisor):  # noqa: F632  # the same object, in most steps
+        if not _is_one(self.divisor):
             loss = loss * self.divisor
         self.present = True
         self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
@@ -109,7 +120,11 @@ class Gradients(ABC):
 
 
 class _WholeGradients(Gradients):
-    """Of stage 0: in ``grad``, alike on all ranks once they are averaged."""
+    """Of stage 0: in ``grad``, alike on all ranks once they are averaged, but for parts along tp."""
+
+    def __init__(self, engine: Any, parameters: Sequence[torch.Tensor], division: TensorDivision) -> None:
+        super().__init__(engine, parameters)
+        self._division = division
 
     def clamp(self, bound: float) -> None:
         self._complete()
@@ -118,9 +133,15 @@ class _WholeGradients(Gradients):
 
     def _norm(self) -> torch.Tensor:
         self._complete()
-        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients_of(self.parameters)]
-        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms)) / self._scale
-        return norm
+        total = self._squares(divided=True)
+        if self._division:
+            dist.all_reduce(total, group=self._division.group)
+        return (total + self._squares(divided=False)).sqrt() / self._scale
+
+    def _squares(self, *, divided: bool) -> torch.Tensor:
+        held = [each for each in self.parameters if (self._division.of(each) is not None) == divided]
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients_of(held)]
+        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.engine.device)
 
     @property
     def _scale(self) -> float:
@@ -231,6 +252,8 @@ class _DividedGradients(Gradients):
             for flat in stepped:
                 if flat.grad is not None:
                     flat.grad.zero_()
+            for sums in getattr(optimizer, "accumulated_grads_in_cpu", {}).values():
+                sums.zero_()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from accel_parallel.deepspeed.tensor import TensorDivision
 from accel_parallel.flat import FlatPart
 from accel_parallel.sharded import in_memory, range_of, whole
 from accel_state.errors import CheckpointError
@@ -40,15 +41,25 @@ class _Place:
 class EngineStates:
     """Reads and writes the state of one engine."""
 
-    def __init__(self, engine: Any, model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], *, stage: int) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        model: nn.Module,
+        groups: Sequence[Sequence[torch.Tensor]],
+        *,
+        stage: int,
+        division: TensorDivision,
+    ) -> None:
         """
         Args:
             engine: what ``deepspeed.initialize`` gave.
             model: the one that was given to it.
             groups: parameters of the optimizer's groups, as they were before; none without an optimizer.
             stage: of ZeRO.
+            division: of the model along tp.
         """
         self.engine = engine
+        self.division = division
         self.model = model
         self.groups = groups
         self.stage = stage
@@ -60,6 +71,7 @@ class EngineStates:
 
     def model_state(self) -> dict[str, torch.Tensor | FlatPart]:
         """Weights as they are saved, and persistent buffers: this rank's ranges of what is divided."""
+        self._refuse_parts()
         return {name: self._weights(tensor) for name, tensor in self._named()}
 
     def full_state(self, *, everywhere: bool) -> dict[str, torch.Tensor]:
@@ -69,15 +81,15 @@ class EngineStates:
             everywhere: otherwise one after the other on the host of the main process, and nothing on the others.
         """
         if self.stage < 3:
-            return {name: tensor.detach() for name, tensor in self._named()}
+            return {name: self.division.gather(tensor, tensor.detach()) for name, tensor in self._named()}
         keeps = everywhere or dist.get_rank() == 0
         found: dict[str, torch.Tensor] = {}
         copies: dict[int, torch.Tensor] = {}
         for name, tensor in self._named():
             if id(tensor) not in copies:
                 with _gathered(tensor):
+                    full = self.division.gather(tensor, tensor.detach())
                     if keeps:
-                        full = tensor.detach()
                         copies[id(tensor)] = full.clone() if everywhere else full.to("cpu", copy=True)
             if keeps:
                 found[name] = copies[id(tensor)]
@@ -95,6 +107,7 @@ class EngineStates:
 
     def optimizer_state(self, names: Mapping[torch.Tensor, str]) -> dict[str, dict[str, Any]]:
         """Entries of each parameter: this rank's ranges of tensors as large as it, and numbers as they are."""
+        self._refuse_parts()
         found: dict[str, dict[str, Any]] = {}
         for parameter in self._trained:
             place = self._place(parameter)
@@ -136,6 +149,13 @@ class EngineStates:
     def described(self, parameter: torch.Tensor) -> tuple[list[int], torch.dtype]:
         """Shape and dtype of a trained parameter, as it is saved."""
         return list(_shape_of(parameter)), self._place(parameter).flat.dtype
+
+    def _refuse_parts(self) -> None:
+        if self.division:
+            raise CheckpointError(
+                "A checkpoint was to be written or read of a model that AutoTP divides, and this version puts only its "
+                "weights together. Save these with `save_model` or `get_state_dict`, or train without AutoTP."
+            )
 
     @property
     def _basic(self) -> Any:

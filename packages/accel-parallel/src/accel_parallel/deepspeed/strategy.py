@@ -26,7 +26,11 @@ from accel_parallel.deepspeed.hf_config import HfDeepSpeedConfig
 from accel_parallel.deepspeed.options import DeepSpeedOptions, named_plugins
 from accel_parallel.deepspeed.placeholders import DummyScheduler
 from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
+from accel_parallel.deepspeed.sequence import DeepSpeedUlysses, sequence_along
+from accel_parallel.deepspeed.sequence_mesh import device_mesh_of
 from accel_parallel.deepspeed.states import EngineStates
+from accel_parallel.deepspeed.tensor import ReplicaAudit, TensorDivision, check_tensor_parallel
+from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.single import SingleStrategy, check_optimizer_state
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import ConfigError
@@ -37,7 +41,6 @@ from accel_state.topology import Axis
 
 if TYPE_CHECKING:
     from accel_parallel.compilation import TorchDynamoPlugin
-    from accel_parallel.parallelism import ParallelismConfig
 
 __all__ = ["DeepSpeedStrategy"]
 
@@ -86,7 +89,13 @@ class DeepSpeedStrategy(SingleStrategy):
         self.options = options
         self._configs = {name: DeepSpeedConfig.of(plugin) for name, plugin in options.plugins.items()}
         adopt_group(process)
+        shape = process.topology.shape
+        if shape.sp > 1 or shape.tp > 1:
+            self.device_mesh = device_mesh_of(process)
+            self.sequence = sequence_along(self.device_mesh, parallelism or ParallelismConfig())
         self._prepared: list[_Prepared] = []
+        self._unproven: list[ReplicaAudit] = []
+        """Of models whose gradients that tp ranks hold alike have not been compared yet."""
         self._told: HfDeepSpeedConfig | None = None
         """What transformers divides models by while it builds them."""
         self._selected = ""
@@ -108,6 +117,12 @@ class DeepSpeedStrategy(SingleStrategy):
     def settle_options(
         cls, given: Any, *, process: Process, parallelism: ParallelismConfig | None, precision: str
     ) -> DeepSpeedOptions:
+        for name in ("tp_plan", "loss_parallel"):
+            if getattr(parallelism, name, None):
+                raise ConfigError(
+                    f"`ParallelismConfig({name}=...)` was given with DeepSpeed, whose AutoTP divides models by its own "
+                    f"rules (`tensor_parallel.partition_config` of its configuration). Leave `{name}` out."
+                )
         return DeepSpeedOptions(plugins=named_plugins(given), precision=precision)  # type: ignore[arg-type] # one of its
 
     # Plugins
@@ -156,7 +171,7 @@ class DeepSpeedStrategy(SingleStrategy):
 
     @property
     def average_size(self) -> int:
-        return self.process.topology.world_size
+        return self.process.topology.world_size // self.process.topology.shape.tp
 
     @property
     def state_layout(self) -> str:
@@ -167,9 +182,11 @@ class DeepSpeedStrategy(SingleStrategy):
 
     def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
         total = value.clone()
-        if self.process.topology.world_size > 1:
-            dist.all_reduce(total)
-        return total
+        if self.average_size == 1:
+            return total
+        dist.all_reduce(total)
+        copies = self.process.topology.shape.tp  # ranks along tp see the same
+        return total / copies if total.is_floating_point() else total // copies
 
     def prepare(self, bundle: Bundle) -> Bundle:
         """As of every strategy. Every rank must call this.
@@ -178,6 +195,9 @@ class DeepSpeedStrategy(SingleStrategy):
             ConfigError: for what DeepSpeed cannot train; nothing is changed then.
         """
         trained = refuse_bundle(bundle, prepared=[each.model for each in self._prepared if each.optimizer is not None])
+        if self.sequence is not None:
+            for model in bundle.models:
+                self.sequence.check(model)
         models: list[nn.Module] = []
         optimizers: list[Optimizer] = []
         for model in bundle.models:
@@ -201,6 +221,8 @@ class DeepSpeedStrategy(SingleStrategy):
                 f"does not take. Only `retain_graph` has an effect there; leave the others out."
             )
         self._trained.backward(loss, retain_graph=bool(retain_graph))
+        if self._unproven:
+            self._unproven = [each for each in self._unproven if not each.verify()]
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()  # nothing that is seen outside is exchanged before a step
@@ -325,9 +347,12 @@ class DeepSpeedStrategy(SingleStrategy):
         if self._told is not None:
             self._told.release()
             self._told = None
+        if isinstance(self.sequence, DeepSpeedUlysses):
+            self.sequence.release()
         for each in self._prepared:
             each.engine.destroy()
         self._prepared.clear()
+        self._unproven.clear()
 
     # One model
 
@@ -345,6 +370,9 @@ class DeepSpeedStrategy(SingleStrategy):
     def _engine_of(self, model: nn.Module, optimizer: Optimizer | None, bundle: Bundle) -> _Prepared | None:
         """What DeepSpeed makes of a model; ``None`` where there is nothing to divide, and it is only moved."""
         config = self._complete(model, optimizer, bundle)
+        check_tensor_parallel(model, config.values.get("tensor_parallel") or {})
+        if self.sequence is not None:
+            self.sequence.attach(model)
         if optimizer is None and config.stage < 3:
             model.to(self.process.device)
             self.compile(model)
@@ -353,17 +381,23 @@ class DeepSpeedStrategy(SingleStrategy):
         for warning in config.warnings:
             logger.warning("%s", warning)
         groups = [] if optimizer is None else [_trainable(group["params"]) for group in optimizer.param_groups]
-        engine = build_engine(model, optimizer, config.values, extra={})
+        engine = build_engine(model, optimizer, config.values)
         self._compile_engine(engine, model)
-        stage = config.stage
+        stage, division = config.stage, TensorDivision(model)
+        if division and optimizer is not None:
+            self._unproven.append(ReplicaAudit(model, division))
         parameters = [parameter for group in groups for parameter in group]
         prepared = _Prepared(
             engine=engine,
             model=model,
             optimizer=None if optimizer is None else engine.basic_optimizer,
             config=config,
-            states=EngineStates(engine, model, [group for group in groups if group], stage=stage),
-            gradients=None if optimizer is None else gradients_held_by(engine, parameters, stage=stage),
+            states=EngineStates(engine, model, [group for group in groups if group], stage=stage, division=division),
+            gradients=(
+                None
+                if optimizer is None
+                else gradients_held_by(engine, parameters, stage=stage, division=division)
+            ),
         )
         self._prepared.append(prepared)
         return prepared
@@ -373,7 +407,7 @@ class DeepSpeedStrategy(SingleStrategy):
         placeholders = [each for each in bundle.schedulers if isinstance(each, DummyScheduler)]
         shape = self.process.topology.shape
         facts = Facts(
-            world_size=self.average_size,
+            world_size=self.process.topology.data_world_size,
             micro_batch_size=bundle.batch_size,
             num_steps=bundle.num_steps,
             precision=self.options.precision,
@@ -388,7 +422,41 @@ class DeepSpeedStrategy(SingleStrategy):
             has_compiler=has_compiler(),
             has_async_io="nvme" not in config.offload_devices or has_async_io(),
         )
-        return config.complete(facts)
+        if config.stage != "auto":
+            return config.complete(facts)
+        return self._choose_stage(config, facts, model, bundle)
+
+    def _choose_stage(
+        self, config: DeepSpeedConfig, facts: Facts, model: nn.Module, bundle: Bundle
+    ) -> CompletedConfig:
+        """Every rank must call this. By the cost model, on the least memory that any rank has."""
+        from accel_parallel.auto import agreed_hardware  # only for those who ask for it
+        from accel_parallel.deepspeed.stage import ZeroSizes, choose_stage
+
+        if facts.optimizer is None:
+            return config.complete(facts, stage=0, because="nothing is trained")
+        chosen = choose_stage(
+            model,
+            hardware=agreed_hardware(self.process),
+            world_size=facts.world_size,
+            precision=self.options.precision,
+            optimizer=facts.optimizer,
+            batch_size=facts.micro_batch_size,
+            num_steps=facts.num_steps,
+            sizes=ZeroSizes.of(config.section("zero_optimization"), hidden_size=facts.hidden_size),
+            device=self.process.device.type,
+            offload_optimizer=config.said("zero_optimization.offload_optimizer.device"),  # type: ignore[arg-type]
+            offload_param=config.said("zero_optimization.offload_param.device"),  # type: ignore[arg-type] # refuses more
+        )
+        if self.process.topology.is_main:
+            print(chosen.explain(), flush=True)
+        return config.complete(
+            facts,
+            stage=chosen.stage,
+            offload_optimizer=chosen.offload_optimizer,
+            offload_param=chosen.offload_param,
+            because=f"chosen by the cost model: {chosen.reasons[0]}",
+        )
 
     def _compile_engine(self, engine: Any, model: nn.Module) -> None:
         self.compile(model)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from accel_parallel.axes import ModelAxes
 from accel_parallel.clip import check_clip, clip_to_norm_, gradients_of
 from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
+from accel_parallel.fsdp.precision import precision_policy, refuse_other_precision
 from accel_parallel.fsdp.statistics import share_statistics
 from accel_parallel.fsdp.units import (
     check_ignored,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FSDPStrategy"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FSDPStrategy(SingleStrategy):
@@ -115,7 +115,7 @@ class FSDPStrategy(SingleStrategy):
         options: FullyShardedDataParallelPlugin = given or FullyShardedDataParallelPlugin()
         if options.mixed_precision_policy is None and precision != "no":
             options = replace(options, mixed_precision_policy=precision)
-        _refuse_other_precision(options, precision)
+        refuse_other_precision(options, precision)
         return options
 
     @property
@@ -331,35 +331,6 @@ class FSDPStrategy(SingleStrategy):
         return settings
 
 
-def precision_policy(options: FullyShardedDataParallelPlugin) -> Any:
-    """torch's policy for what the options say: one word, parts, or such a policy itself."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    given = options.mixed_precision_policy
-    if given is None or given == "no":
-        return MixedPrecisionPolicy()
-    if isinstance(given, str):
-        computed = _DTYPES[given]
-        return MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
-    if isinstance(given, Mapping):
-        return MixedPrecisionPolicy(**{name: _dtype(name, value) for name, value in given.items()})
-    return given
-
-
-def _dtype(name: str, value: torch.dtype | str | bool | None) -> Any:
-    known = ("param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
-    if name not in known:
-        raise ConfigError(f"`mixed_precision_policy` has no part `{name}`. Its parts are {', '.join(known)}.")
-    if not isinstance(value, str):
-        return value
-    found = _DTYPES.get(value) or getattr(torch, value.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(
-            f"`mixed_precision_policy` has `{name}={value!r}`, which is no dtype. Use bf16, fp16 or fp32, or a dtype."
-        )
-    return found
-
-
 def _shape(process: Process, options: FullyShardedDataParallelPlugin) -> MeshShape:
     """The mesh that was asked for; without one, all processes share one copy, or those of each node where hybrid."""
     topology = process.topology
@@ -489,14 +460,3 @@ def _as_divided(value: Any, parameter: torch.Tensor | None) -> Any:
         return in_memory(value)
     own = part_of(value, parameter)
     return like(own.to(local_of(parameter).device, copy=True), parameter)
-
-
-def _refuse_other_precision(options: FullyShardedDataParallelPlugin, precision: str) -> None:
-    """Gathering in a narrow type that the run does not compute in: float16 without loss scaling, or twice rounded."""
-    computed = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(precision_policy(options).param_dtype)
-    if computed == "fp16" != precision or (computed == "bf16" and precision == "fp16"):
-        raise ConfigError(
-            f"`mixed_precision_policy={options.mixed_precision_policy!r}` computes in {computed}, and the run's "
-            f"`mixed_precision={precision!r}` decides on loss scaling and autocast. Set `mixed_precision={computed!r}` "
-            f"and leave the policy out, or give it the same type."
-        )
