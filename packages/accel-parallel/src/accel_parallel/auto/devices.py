@@ -103,7 +103,10 @@ def detect_hardware(topology: Topology, device: torch.device | str) -> Hardware:
 
 
 def agreed_hardware(process: Process) -> Hardware:
-    """Every rank must call this. That of this process, with the least memory and speed that any has, so that all ranks choose the same plan."""
+    """Every rank must call this. That of this process, with the least memory and speed that any has.
+
+    So all ranks choose the same plan.
+    """
     from accel_state.collectives import gather_object  # which needs torch, as nothing else here does
 
     own = detect_hardware(process.topology, process.device)

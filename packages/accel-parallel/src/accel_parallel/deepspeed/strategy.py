@@ -394,9 +394,7 @@ class DeepSpeedStrategy(SingleStrategy):
             config=config,
             states=EngineStates(engine, model, [group for group in groups if group], stage=stage, division=division),
             gradients=(
-                None
-                if optimizer is None
-                else gradients_held_by(engine, parameters, stage=stage, division=division)
+                None if optimizer is None else gradients_held_by(engine, parameters, stage=stage, division=division)
             ),
         )
         self._prepared.append(prepared)
@@ -426,9 +424,7 @@ class DeepSpeedStrategy(SingleStrategy):
             return config.complete(facts)
         return self._choose_stage(config, facts, model, bundle)
 
-    def _choose_stage(
-        self, config: DeepSpeedConfig, facts: Facts, model: nn.Module, bundle: Bundle
-    ) -> CompletedConfig:
+    def _choose_stage(self, config: DeepSpeedConfig, facts: Facts, model: nn.Module, bundle: Bundle) -> CompletedConfig:
         """Every rank must call this. By the cost model, on the least memory that any rank has."""
         from accel_parallel.auto import agreed_hardware  # only for those who ask for it
         from accel_parallel.deepspeed.stage import ZeroSizes, choose_stage

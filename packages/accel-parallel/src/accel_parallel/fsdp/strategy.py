@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 __all__ = ["FSDPStrategy"]
 
 
-
 class FSDPStrategy(SingleStrategy):
     """Shards every model over the processes of its mesh; those along other axes compute their part of each sample.
 
