@@ -26,13 +26,14 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks import page
 from repository import ROOT
 
-__all__ = ["RUNS", "Curve", "Run", "differences", "differences_from_page", "main", "measure", "table", "write"]
+__all__ = ["RUNS", "Curve", "Run", "differences", "differences_from_page", "main", "measure", "table"]
 
 SCRIPT = ROOT / "docs" / "examples" / "train_digits.py"
 PAGE = ROOT / "docs" / "pages" / "deepspeed.md"
-BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
+MARKS = ("<!-- losses: begin -->", "<!-- losses: end -->")
 
 LOSS_TOLERANCE = 1e-5
 """Largest difference of any step's loss from one process. Measured: 2.4e-7, the last bit of a float32 near 2."""
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.check:
         print(f"as {options.page.name} says", file=sys.stderr)
     elif len(names) == len(RUNS) and options.epochs == EPOCHS:
-        write(text, options.page)
+        page.write(text, options.page, marks=MARKS)
     else:
         print(f"not written: the table of {options.page.name} has all runs, of {EPOCHS} epochs", file=sys.stderr)
     return 0
@@ -182,15 +183,15 @@ def differences(reference: Curve, curve: Curve) -> list[str]:
     return found
 
 
-def differences_from_page(text: str, page: str) -> list[str]:
+def differences_from_page(text: str, written: str) -> list[str]:
     """Where a table differs from the one on the page; empty where it does not.
 
     Losses may differ by `PAGE_TOLERANCE`, counts of images by twice `IMAGES_TOLERANCE`; the columns of differences,
     which have a tolerance of their own, are not compared.
     """
-    ours, theirs = _rows(text), _rows(_between(page))
+    ours, theirs = _rows(text), _rows(_between(written))
     if not theirs:
-        return [f"the page has no table between {BEGIN} and {END}: run this without --check"]
+        return [f"the page has no table between {MARKS[0]} and {MARKS[1]}: run this without --check"]
     found = []
     for title, cells in ours.items():
         if title not in theirs or len(theirs[title]) != len(cells):
@@ -232,15 +233,6 @@ def table(curves: Mapping[str, Curve]) -> str:
     return "\n".join(lines)
 
 
-def write(text: str, page: Path = PAGE) -> None:
-    """Put the table into the page, between its two marks."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no marks {BEGIN} and {END} to write between. Put them where the table belongs.")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-
-
 def _shown_differences(one: Curve, curve: Curve) -> tuple[str, str]:
     if curve is one:
         return "-", "-"
@@ -260,8 +252,8 @@ def _largest(values: Iterable[float]) -> float:
     return max(math.inf if math.isnan(value) else value for value in values)
 
 
-def _between(page: str) -> str:
-    return page.partition(BEGIN)[2].partition(END)[0]
+def _between(text: str) -> str:
+    return text.partition(MARKS[0])[2].partition(MARKS[1])[0]
 
 
 def _rows(text: str) -> dict[str, list[str]]:

@@ -90,7 +90,7 @@ def _through_accel(model: Any, rows: Any, stage: int, num_steps: int) -> Step:
     from accel import Accelerator
     from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
 
-    plugin = DeepSpeedPlugin(zero_stage=stage)
+    plugin = DeepSpeedPlugin(zero_stage=stage)  # type: ignore[arg-type] # one of its
     accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin, gradient_accumulation_steps=num_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer = accelerator.prepare(model, optimizer)

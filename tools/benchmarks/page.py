@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,29 +20,38 @@ _COLUMNS = ("accel", "accelerate", "fabric")
 
 
 def report(outcomes: Iterable[Outcome], sides: dict[str, Side], *, rounds: int, repeats: int) -> str:
-    """All rows as one Markdown table, below what it was measured with."""
-    heads = ["", "what", "reference", *(NAMES[name] for name in _COLUMNS), "accel is judged by", "goal", "met"]
+    """All rows as one Markdown table, below what it was measured with; peers have columns if there is any."""
+    outcomes = list(outcomes)
+    known = {*sides, *(name for outcome in outcomes for name in outcome.comparison.samplers)}
+    columns = _COLUMNS if known & set(_COLUMNS[1:]) else _COLUMNS[:1]
+    heads = ["", "what", "reference", *(NAMES[name] for name in columns), "accel is judged by", "goal", "met"]
     lines = [
         f"{datetime.now(timezone.utc):%Y-%m-%d}, {_machine()}; {_versions(sides)}; {rounds} rounds of {repeats} turns.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",
     ]
-    return "\n".join([*lines, *(_row(outcome, sides) for outcome in outcomes)])
+    return "\n".join([*lines, *(_row(outcome, sides, columns) for outcome in outcomes)])
 
 
-def write(text: str, page: Path = PAGE) -> None:
-    """Put the report into the page, between its two marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+def write(text: str, page: Path = PAGE, *, marks: tuple[str, str] = (BEGIN, END)) -> None:
+    """Put a report into a page, between its two marks.
+
+    Raises:
+        ValueError: for a page without them.
+    """
+    before, begin, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not begin or not end:
+        raise ValueError(f"{page} has no {marks[0]} with {marks[1]} below it. Put them where the table belongs.")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
-def _row(outcome: Outcome, sides: dict[str, Side]) -> str:
+def _row(outcome: Outcome, sides: dict[str, Side], columns: Sequence[str]) -> str:
     comparison = outcome.comparison
     reference = next((name for name in outcome.times if name not in _COLUMNS), None)
     cells = [comparison.key, comparison.title, _time(outcome.times[reference]) if reference else ""]
-    for name in _COLUMNS:
+    for name in columns:
         if name in outcome.times:
             cells.append(_time(outcome.times[name]))
         elif name in comparison.samplers:

@@ -1,6 +1,6 @@
 """Measure accel beside plain torch and beside its peers, and print a table.
 
-    python tools/benchmarks/run.py [--peer-python PYTHON] [--only P7 P9] [--rounds N] [--repeats N] [--write]
+    python tools/benchmarks/run.py [--peer-python PYTHON] [--only P7 P9] [--rounds N] [--repeats N] [--write [PAGE]]
 
 Every implementation runs in processes of its own, the peers in an environment of theirs, which only `--peer-python`
 names. The sides take turns; medians over the turns are shown. Nothing here decides a test.
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = page.report(outcomes, sides, rounds=options.rounds, repeats=options.repeats)
     print(text)
     if options.write:
-        page.write(text)
+        page.write(text, options.write)
     return 0
 
 
@@ -78,7 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=7, help="turns of each side in a round (default 7)")
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="count the first turn too")
     parser.add_argument("--json", action="store_true", help="print JSON, all times in seconds, instead of a table")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {page.PAGE.name} of the site")
+    parser.add_argument(
+        "--write",
+        nargs="?",
+        type=Path,
+        const=page.PAGE,
+        metavar="PAGE",
+        help=f"put the table into this page, between its marks (default {page.PAGE.name} of the site)",
+    )
     return parser
 
 

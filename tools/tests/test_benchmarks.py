@@ -107,3 +107,19 @@ def test_a_report_replaces_the_one_before_between_the_marks(tmp_path: Path) -> N
     page.write("new", file)
     page.write("newer", file)
     assert file.read_text() == f"above\n{page.BEGIN}\n\nnewer\n\n{page.END}\nbelow\n"
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    file.write_text("nothing to write between")
+    with pytest.raises(ValueError, match="Put them where the table belongs"):
+        page.write("new", file)
+    assert file.read_text() == "nothing to write between"
+
+
+def test_peers_have_no_columns_where_there_are_none() -> None:
+    sides = {name: Side(name, sys.executable, {name: "0"}, "") for name in ("torch", "accel")}
+    lines = page.report([outcome({"torch": 1.0, "accel": 1.5}, by="ratio", goal=2.0)], sides, rounds=2, repeats=3)
+    head, _, row = lines.splitlines()[-3:]
+    assert "accelerate" not in head
+    assert [cell.strip() for cell in row.split("|")[3:6]] == ["1.00 s", "1.50 s", "1.50 x (1.50 x to 1.50 x)"]
