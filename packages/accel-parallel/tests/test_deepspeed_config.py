@@ -342,7 +342,6 @@ def test_nothing_is_clipped_unless_asked_for() -> None:
         ({"autotuning": {"enabled": True}}, "or set `zero_stage='auto'`"),
         ({"pipeline": {"stages": 2}}, "which cannot be prepared"),
         ({"gradient_allreduce_op": "sum"}, "gradients that are averaged over processes"),
-        ({"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 3}}, "Use stage 2 or less with AutoTP"),
     ],
 )
 def test_names_and_duties_that_are_not_deepspeeds_are_refused(given: dict[str, Any], message: str) -> None:

@@ -207,8 +207,10 @@ class EngineStates:
 
     def _entry(self, parameter: torch.Tensor, place: _Place, key: str) -> Any:
         held = self._basic.state[place.flat][key]
-        if not isinstance(held, torch.Tensor) or held.numel() == 1 != place.flat.numel():
+        if not isinstance(held, torch.Tensor):
             return held
+        if held.numel() == 1 != place.flat.numel():
+            return held.clone()  # one count for all that lies in `flat`, and one of its own for each where it is read
         if not _is_range(held, place.flat):
             raise CheckpointError(
                 f"The optimizer {type(self._basic).__name__} keeps `{key}` in shape {tuple(held.shape)} for several "
