@@ -88,7 +88,21 @@ def build_engine(
         )
     engine, *_ = deepspeed.initialize(model=model, config=dict(values), dist_init_required=False, **arguments)
     _take_back_first_step(engine)
+    _answer_modes(engine)
     return engine
+
+
+def _answer_modes(engine: Any) -> None:
+    """Let ``train()`` and ``eval()`` return the model and be seen in ``training``, as those of every module."""
+    change = engine.train
+
+    def train(mode: bool = True) -> Any:
+        change(mode)
+        engine.training = mode
+        return engine
+
+    engine.train = train
+    engine.eval = lambda: train(False)
 
 
 def _take_back_first_step(engine: Any) -> None:
