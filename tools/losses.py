@@ -36,9 +36,9 @@ PAGE = ROOT / "docs" / "pages" / "deepspeed.md"
 MARKS = ("<!-- losses: begin -->", "<!-- losses: end -->")
 
 LOSS_TOLERANCE = 1e-5
-"""Largest difference of any step's loss from one process. Measured: 2.4e-7, the last bit of a float32 near 2."""
+"""Largest difference of any step's loss from one process. Measured: 2.4e-7, the last bit of a float32 near 2.3."""
 NORM_TOLERANCE = 1e-5
-"""Largest relative difference of any step's norm before clipping. Measured: 8.6e-7."""
+"""Largest relative difference of any step's norm before clipping. Measured: 4.3e-7 over 48 steps."""
 PAGE_TOLERANCE = 1e-3
 """Largest difference of a loss from the one on the page, which another processor or torch rounded."""
 IMAGES_TOLERANCE = 1
