@@ -257,6 +257,9 @@ class SingleStrategy:
             )
         return scheduler
 
+    def explain(self) -> list[str]:
+        return []
+
     def release(self) -> None: ...
 
 

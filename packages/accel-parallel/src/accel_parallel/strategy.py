@@ -194,5 +194,8 @@ class Strategy(Protocol):
             ConfigError: for one that stands for something that this strategy has not.
         """
 
+    def explain(self) -> list[str]:
+        """Lines on what a backend was configured to do, for each model that was prepared; none where nothing was."""
+
     def release(self) -> None:
         """Let go of all that was prepared, and of what it took of the process for that. Every rank must call this."""

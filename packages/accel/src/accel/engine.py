@@ -145,8 +145,8 @@ class Engine:
         return self.precision.scaler if self._scales else None
 
     def explain(self) -> list[str]:
-        """Lines on which dtypes each model holds; those that it was given with too, where they were others."""
-        parts: list[str] = []
+        """Lines on what the strategy's backend does, and which dtypes each model holds and was given with."""
+        parts = self.strategy.explain()
         for index, (model, given) in enumerate(zip(self.models, self._tables, strict=True)):
             inner = self.strategy.unwrap(model)
             now = dtype_table(inner)

@@ -86,6 +86,8 @@ def build_engine(
             f"`mixed_precision='fp16'` was asked for, and DeepSpeed does not train in float16 on "
             f"{get_accelerator().device_name()!r}. Use 'bf16' or 'no' there."
         )
+    if "activation_checkpointing" in values:  # for models that call DeepSpeed's own `checkpointing.checkpoint`
+        deepspeed.checkpointing.configure(None, deepspeed_config=dict(values))
     engine, *_ = deepspeed.initialize(model=model, config=dict(values), dist_init_required=False, **arguments)
     _take_back_first_step(engine)
     _answer_modes(engine)

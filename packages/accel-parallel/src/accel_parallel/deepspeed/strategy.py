@@ -343,6 +343,9 @@ class DeepSpeedStrategy(SingleStrategy):
 
         return getattr(lr_schedules, section.type)(optimizer, **section.params)
 
+    def explain(self) -> list[str]:
+        return [line for each in self._prepared for line in ("", "DeepSpeed:", each.config.explain())]
+
     def release(self) -> None:
         if self._told is not None:
             self._told.release()
