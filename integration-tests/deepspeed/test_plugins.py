@@ -145,7 +145,7 @@ def counting_by_itself(folder: str) -> dict[str, Any]:
     unwrapped = accelerator.unwrap_model(llama)
     state = accelerator.get_state_dict(llama)
     if accelerator.is_main_process:
-        unwrapped.save_pretrained(folder, state_dict=state)
+        unwrapped.save_pretrained(folder, save_function=accelerator.save, state_dict=state)
     accelerator.wait_for_everyone()
     again = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():

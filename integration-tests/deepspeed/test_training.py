@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader
 
 from accel import Accelerator
+from accel_parallel import checkpoint_activations
 from accel_parallel.deepspeed.placeholders import DummyOptim, DummyScheduler
 from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
 from accel_state.errors import ConfigError
@@ -249,6 +252,44 @@ def test_checkpoints_are_read_by_other_strategies(before: int | None, after: int
     whole = run_ranks(run_of, WORLD, before, "none", "no", folder, 9)[0]
     rest = run_ranks(run_of, WORLD, after, "none", "no", folder, None)[0]
     assert rest["losses"] == pytest.approx(whole["losses"][9:], abs=1e-6)
+
+
+# Files for others, and blocks computed again
+
+
+def exported(stage: int, folder: str) -> tuple[dict[str, Any], list[float]]:
+    accelerator = Accelerator(deepspeed_plugin=plugin(stage))
+    inner: Any = seeded(Branches)
+    checkpoint_activations(inner, [("first", inner.first), ("second", inner.second)])
+    optimizer: Any = torch.optim.SGD(inner.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(inner, optimizer)
+    losses = []
+    for number in range(2):
+        loss = loss_of(model, number, accelerator.process_index)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    accelerator.save_model(model, folder, max_shard_size=300)
+    weights = accelerator.strategy.full_state(model)
+    return {name: value.clone() for name, value in weights.items()}, losses
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_are_written_for_others(stage: int, tmp_path: Path) -> None:
+    weights, losses = run_ranks(exported, WORLD, stage, str(tmp_path))[0]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == weights.keys()
+    for name, file in index.items():
+        assert torch.equal(load_file(tmp_path / file)[name], weights[name])
+    reference = Run(None)
+    assert losses[0] == pytest.approx(loss_of(reference.model, 0, 0).item(), abs=1e-6)
+    for number in range(2):
+        reference.backward(number)
+        reference.optimizer.step()
+        reference.optimizer.zero_grad()
+    for name, value in reference.weights().items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
 
 
 # Optimizers and schedules of a configuration

@@ -116,6 +116,8 @@ MEMBERS = [
     "register_for_checkpointing",
     "register_load_state_pre_hook",
     "register_save_state_pre_hook",
+    "save",
+    "save_model",
     "save_state",
     "sequence_parallel_rank",
     "set_trigger",

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from accel.engine import Engine, refuse_inside, refuse_saving
+from accel.exporting import names_of_ties, on_main, save_weights, size_in_bytes
 from accel.handlers import KwargsHandler, by_type
 from accel.kinds import kind_of
 from accel.loops import Loops
@@ -499,6 +500,22 @@ class Accelerator(ProcessView):
         """
         self._together("load_state")
         return self._saving.load(input_dir)
+
+    def save_model(self, model: nn.Module, save_directory: str | Path, max_shard_size: int | str = "10GB") -> None:
+        """Write a model's weights as safetensors that ``from_pretrained``-like readers take. Every rank must call this.
+
+        Args:
+            model: what `prepare` returned. A sharded one is gathered tensor by tensor on the main process.
+            save_directory: folder, made if missing. Weights that lie there already are replaced.
+            max_shard_size: of one file, in bytes or such as ``"5GB"``; more is written as several with an index.
+
+        Raises:
+            CheckpointError: on every rank, if it could not be written.
+        """
+        limit, folder = size_in_bytes(max_shard_size), Path(save_directory)
+        state, ties = self.strategy.full_state(model, everywhere=False), names_of_ties(self.strategy.unwrap(model))
+        write = partial(save_weights, state, folder, max_shard_size=limit, ties=ties)
+        on_main(write, process=self.process, what=f"`{folder}`")
 
     @property
     def project_dir(self) -> Path | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from accel.exporting import save_tensors
 from accel_state import collectives, execution
 from accel_state.process import DistributedType, Process
 
@@ -88,6 +90,19 @@ class ProcessView:
     def is_last_process(self) -> bool:
         """Whether this is the last process of all."""
         return self.process.topology.is_last
+
+    def save(self, obj: Mapping[str, torch.Tensor], f: str | Path, **kwargs: Any) -> None:
+        """Write tensors by name as one safetensors file, from the main process only; nothing is pickled.
+
+        Fits ``save_pretrained(..., save_function=accelerator.save)``.
+
+        Args:
+            obj: tensors by name.
+            f: path of the file.
+            kwargs: what such callers pass besides, such as ``metadata``; not needed.
+        """
+        if self.is_main_process:
+            save_tensors(obj, Path(f))
 
     def wait_for_everyone(self) -> None:
         """Wait until all processes are here. Every rank must call this."""
