@@ -98,6 +98,7 @@ def test_every_step_is_a_script_of_hatch_and_has_a_limit() -> None:
         "test",
         "matrix",
         "integration",
+        "deepspeed",
         "lint",
         "types",
         "imports",
