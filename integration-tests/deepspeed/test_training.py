@@ -138,7 +138,22 @@ def clamped(run: Run) -> None:
         run.optimizer.zero_grad()
 
 
-BODIES: list[Step] = [several_backwards, unused, dropped, clipped]
+def forwards_first(run: Run) -> None:
+    """Two forwards, and only then the backward of each, as of a pair of losses."""
+    for step in range(3):
+        if run.accelerator is not None:
+            rank = run.accelerator.process_index
+            losses = [loss_of(run.model, 2 * step + number, rank) for number in (0, 1)]
+            for loss in losses:
+                run.accelerator.backward(loss)
+        else:
+            run.backward(2 * step)
+            run.backward(2 * step + 1)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+
+BODIES: list[Step] = [several_backwards, forwards_first, unused, dropped, clipped]
 
 
 def trained(stage: int, device: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -162,6 +177,54 @@ def test_what_is_done_with_gradients_equals_one_process(stage: int, device: str)
         for found in of_ranks:
             for name, value in reference.weights().items():
                 torch.testing.assert_close(found[body.__name__][name], value, rtol=0, atol=2e-6, msg=body.__name__)
+
+
+def by_hand(stage: int) -> list[str]:
+    accelerator = Accelerator(deepspeed_plugin=plugin(stage))
+    run = Run(accelerator)
+    loss_of(run.model, 0, accelerator.process_index).backward()  # type: ignore[no-untyped-call, unused-ignore]
+    messages = []
+    with pytest.raises(ConfigError, match="accelerator.backward") as refused:
+        run.optimizer.step()
+    messages.append(str(refused.value))
+    with pytest.raises(ConfigError, match="Load them before `prepare`, or by") as refused:
+        accelerator.unwrap_model(run.model).load_state_dict(seeded(Branches).state_dict())
+    messages.append(str(refused.value))
+    return messages
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_goes_past_the_accelerator_is_told_and_not_lost(stage: int) -> None:
+    assert all(len(messages) == 2 for messages in run_ranks(by_hand, 2, stage))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.second = nn.Linear(8, 8, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, 8) to (rows, 8)."""
+        hidden: torch.Tensor = self.second(torch.tanh(self.first(rows)))
+        return hidden
+
+
+def tied(folder: str) -> dict[str, torch.Tensor]:
+    accelerator = Accelerator(deepspeed_plugin=plugin(3))
+    made = seeded(Tied)
+    prepared: Any = accelerator.prepare(made, torch.optim.SGD(made.parameters(), lr=0.1))
+    accelerator.save_model(prepared[0], folder)
+    return accelerator.get_state_dict(prepared[0])
+
+
+def test_tied_weights_are_gathered_once_on_every_rank(tmp_path: Path) -> None:
+    found = run_ranks(tied, 2, str(tmp_path))
+    wanted = seeded(Tied).state_dict()
+    assert found[1] == {}
+    assert all(torch.equal(found[0][name], value) for name, value in wanted.items())
+    assert load_file(tmp_path / "model.safetensors").keys() == {"first.weight"}
 
 
 def backward_after_clipping(stage: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from accel_parallel.strategy import Bundle
 from accel_state.errors import ConfigError
@@ -42,7 +43,8 @@ def refuse_bundle(bundle: Bundle, *, prepared: Sequence[nn.Module]) -> nn.Module
             f"Prepare both in one call: `model, optimizer = accelerator.prepare(model, optimizer)`; several models "
             f"under one optimizer go into one `nn.Module`."
         )
-    _refuse_double(owners[0])
+    _refuse_odd_parameters(owners[0])
+    _refuse_frozen_groups(optimizer)
     return owners[0]
 
 
@@ -83,8 +85,24 @@ def _holds_any(model: nn.Module, parameters: Iterable[torch.Tensor]) -> bool:
     return any(id(parameter) in own for parameter in parameters)
 
 
-def _refuse_double(model: nn.Module) -> None:
+def _refuse_frozen_groups(optimizer: Optimizer) -> None:
+    for number, group in enumerate(optimizer.param_groups):
+        if group["params"] and not any(parameter.requires_grad for parameter in group["params"]):
+            raise ConfigError(
+                f"Group number {number} of the {type(optimizer).__name__} holds {len(group['params'])} parameters, and "
+                f"none of them is trained, so that DeepSpeed has nothing to divide in it. Make the optimizer from the "
+                f"parameters with `requires_grad`."
+            )
+
+
+def _refuse_odd_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if not shape or 0 in shape or not parameter.is_floating_point():
+            raise ConfigError(
+                f"`{name}` has shape {shape} and is {parameter.dtype}, and DeepSpeed takes parameters of at least one "
+                f"dim and one element, in floating point. Give a scalar the shape (1,), and make others a buffer."
+            )
         if parameter.requires_grad and parameter.dtype is torch.float64:
             raise ConfigError(
                 f"`{name}` is float64, and DeepSpeed trains in float32 or, with float32 beside them, 16 bits. "

@@ -67,6 +67,8 @@ class Gradients(ABC):
             )
         if not _is_one(self.divisor):
             loss = loss * self.divisor
+        if self.present:
+            self._before_another()
         self.present = True
         self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
@@ -86,6 +88,12 @@ class Gradients(ABC):
     def step(self) -> bool:
         """Every rank must call this. Step and drop them; false if they were not finite and nothing was changed."""
         if not self.present:
+            if getattr(self.engine.optimizer, "_backward_seen_this_step", False):
+                raise ConfigError(
+                    "`loss.backward()` was called on the loss of a model that DeepSpeed trains, and its gradients are "
+                    "nowhere to be stepped on: scales and windows are the Accelerator's. Call "
+                    "`accelerator.backward(loss)`."
+                )
             return True
         self._before_step()
         try:
@@ -101,6 +109,9 @@ class Gradients(ABC):
         if self.present:
             self._drop()
         self.present, self.complete, self.divisor = False, False, 1.0
+
+    def _before_another(self) -> None:
+        """A backward of this window has run already."""
 
     @abstractmethod
     def clamp(self, bound: float) -> None:
@@ -174,6 +185,10 @@ class _DividedGradients(Gradients):
         self._stage = stage
         self._optimizer = engine.optimizer
 
+    def _before_another(self) -> None:
+        # Stage 3 begins to add, and no longer overwrites, in the next forward, which may have been before both.
+        self._optimizer.clear_backward_seen_flag()
+
     def clamp(self, bound: float) -> None:
         if self._is_offloaded:
             raise ConfigError(
@@ -241,7 +256,9 @@ class _DividedGradients(Gradients):
     def _clear(self) -> None:
         """Zero what outlives a window, which DeepSpeed overwrites only for parameters that the next one uses."""
         optimizer = self._optimizer
+        optimizer.clear_backward_seen_flag()
         if self._stage == 3:
+            optimizer.micro_step_id = 0
             optimizer.grad_partitions_flat_buffer.zero_()
         if self._is_offloaded:
             stepped = (

@@ -21,6 +21,8 @@ _COMPILED_ON_HOST = ("adam", "adamw", "adagrad", "lion")
 _OWN = (*_COMPILED_ON_HOST, "lamb", "muadam", "muadamw", "musgd", "muon")
 _WITH_TOTAL = ("WarmupDecayLR", "WarmupCosineLR")
 _WITH_WARMUP = ("WarmupLR", *_WITH_TOTAL)
+_BY_SHAPE = ("adafactor", "lamb", "lars", "lbfgs", "muon", "shampoo", "soap")
+"""Optimizers that are not the same on a part of a parameter, or of several."""
 _DEFAULTS = {"lr": 1e-3, "weight_decay": 0.0}
 
 
@@ -55,6 +57,12 @@ def fill_optimizer(settings: Settings, facts: Facts, notes: Notes) -> None:
 
 def _take_real(settings: Settings, facts: Facts, optimizer: torch.optim.Optimizer, notes: Notes) -> None:
     name = type(optimizer).__name__
+    if name.lower() in _BY_SHAPE and settings.get("zero_optimization.stage") != 0:
+        raise ConfigError(
+            f"A `{name}` was prepared, which treats each parameter by its shape or norm, and ZeRO steps on flat parts "
+            f"of many, so it would compute something else. Use one that treats each element by itself, such as AdamW, "
+            f"or `zero_stage=0`."
+        )
     if settings.given("zero_allow_untested_optimizer") is None:
         settings.set("zero_allow_untested_optimizer", True, f"the script's own `{name}` was prepared")
     device = settings.given("zero_optimization.offload_optimizer.device")
@@ -88,6 +96,8 @@ def _fill_section(settings: Settings, optimizer: DummyOptim) -> None:
             f"optimizer of DeepSpeed nor of torch.{did_you_mean(str(kind), known)} Use AdamW, Adam, Adagrad, Lamb, "
             f"Lion, Muon, or a name of `torch.optim`."
         )
+    if kind.lower() not in _OWN and settings.given("zero_allow_untested_optimizer") is None:
+        settings.set("zero_allow_untested_optimizer", True, f"`{kind}` is torch's")
     for name, value in optimizer.given.items():
         key = f"optimizer.params.{name}"
         held = list(value) if isinstance(value, tuple) else value

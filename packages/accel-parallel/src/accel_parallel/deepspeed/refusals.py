@@ -16,6 +16,11 @@ _WHEN_TRUE = {
     "`drop_last=True` to your `DataLoader`",
     "data_efficiency.enabled": "loaders are yours and prepared by the `Accelerator`, so it has no effect. Take it out, "
     "and order the data in your own sampler",
+    **{
+        f"{name}.enabled": "trackers are the `Accelerator`'s, and only the main process would need this one. Take it "
+        "out, and use `log_with`"
+        for name in ("tensorboard", "wandb", "comet", "csv_monitor")
+    },
     "autotuning.enabled": "only DeepSpeed's own launcher tunes, so it has no effect. Take it out, or set "
     "`zero_stage='auto'`",
 }
@@ -36,6 +41,16 @@ def refuse_foreign_duties(settings: Settings) -> None:
     Raises:
         ConfigError: saying who does it instead.
     """
+    for key in ("bf16.enabled", "fp16.enabled", *(key for key in _WHEN_TRUE if key.endswith(".enabled"))):
+        value = settings.given(key)
+        if value is not None and not isinstance(value, bool):
+            raise _error(settings, key, value, "it is neither true nor false. Write one of them, without quotes")
+    printed = settings.given("steps_per_print")
+    if printed is not None and (not isinstance(printed, int) or isinstance(printed, bool) or printed < 1):
+        raise _error(settings, "steps_per_print", printed, "it is no number of steps. Give one, or take it out")
+    kind = settings.given("communication_data_type")
+    if kind not in (None, "fp16", "bf16", "fp32"):
+        raise _error(settings, "communication_data_type", kind, "gradients travel in 'fp16', 'bf16' or 'fp32'. Set one")
     for key, reason in _WHEN_TRUE.items():
         if settings.given(key):
             raise _error(settings, key, settings.get(key), reason)

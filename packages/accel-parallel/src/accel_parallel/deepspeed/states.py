@@ -84,15 +84,17 @@ class EngineStates:
             return {name: self.division.gather(tensor, tensor.detach()) for name, tensor in self._named()}
         keeps = everywhere or dist.get_rank() == 0
         found: dict[str, torch.Tensor] = {}
-        copies: dict[int, torch.Tensor] = {}
+        copies: dict[int, torch.Tensor | None] = {}  # tied ones are gathered once, on every rank
         for name, tensor in self._named():
             if id(tensor) not in copies:
                 with _gathered(tensor):
                     full = self.division.gather(tensor, tensor.detach())
+                    copies[id(tensor)] = None
                     if keeps:
                         copies[id(tensor)] = full.clone() if everywhere else full.to("cpu", copy=True)
-            if keeps:
-                found[name] = copies[id(tensor)]
+            copied = copies[id(tensor)]
+            if copied is not None:
+                found[name] = copied
         return found
 
     def load_model_state(self, state: Mapping[str, Any]) -> None:

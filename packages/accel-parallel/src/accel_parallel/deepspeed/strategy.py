@@ -57,6 +57,8 @@ class _Prepared:
     config: CompletedConfig
     states: EngineStates
     gradients: Gradients | None
+    guard: Any
+    """Against weights that are loaded past the float32 ones."""
 
 
 class DeepSpeedStrategy(SingleStrategy):
@@ -214,13 +216,18 @@ class DeepSpeedStrategy(SingleStrategy):
         Raises:
             ConfigError: without a trained model, or for other arguments than ``retain_graph``.
         """
-        retain_graph = kwargs.pop("retain_graph", False)
+        retain_graph = bool(kwargs.pop("retain_graph", False))
         if kwargs:
             raise ConfigError(
                 f"`backward` was called with {', '.join(f'`{name}`' for name in kwargs)}, which DeepSpeed's backward "
                 f"does not take. Only `retain_graph` has an effect there; leave the others out."
             )
-        self._trained.backward(loss, retain_graph=bool(retain_graph))
+        if retain_graph and self._only.states.stage == 3:
+            raise ConfigError(
+                "`backward(retain_graph=True)` was called at ZeRO stage 3, which gives parameters up after they were "
+                "used, so that no graph can be gone through again. Add the losses up and call `backward` once."
+            )
+        self._trained.backward(loss, retain_graph=retain_graph)
         if self._unproven:
             self._unproven = [each for each in self._unproven if not each.verify()]
 
@@ -353,9 +360,11 @@ class DeepSpeedStrategy(SingleStrategy):
         if isinstance(self.sequence, DeepSpeedUlysses):
             self.sequence.release()
         for each in self._prepared:
+            each.guard.remove()
             each.engine.destroy()
         self._prepared.clear()
         self._unproven.clear()
+        self.select_plugin(self._selected)
 
     # One model
 
@@ -395,6 +404,7 @@ class DeepSpeedStrategy(SingleStrategy):
             model=model,
             optimizer=None if optimizer is None else engine.basic_optimizer,
             config=config,
+            guard=self._guard(model, stage),
             states=EngineStates(engine, model, [group for group in groups if group], stage=stage, division=division),
             gradients=(
                 None if optimizer is None else gradients_held_by(engine, parameters, stage=stage, division=division)
@@ -402,6 +412,16 @@ class DeepSpeedStrategy(SingleStrategy):
         )
         self._prepared.append(prepared)
         return prepared
+
+    def _guard(self, model: nn.Module, stage: int) -> Any:
+        def refuse(*_: Any) -> None:
+            if stage > 0 or self.options.precision != "no":
+                raise ConfigError(
+                    f"`load_state_dict` was called on a {type(model).__name__} that DeepSpeed trains, and its next "
+                    f"step would put its own weights in place of these. Load them before `prepare`, or by `load_state`."
+                )
+
+        return model.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call, unused-ignore]
 
     def _complete(self, model: nn.Module, optimizer: Optimizer | None, bundle: Bundle) -> CompletedConfig:
         config = self._config
@@ -480,7 +500,13 @@ class DeepSpeedStrategy(SingleStrategy):
         return next((each for each in self._prepared if model is each.engine or model is each.model), None)
 
     def _of_optimizer(self, optimizer: Optimizer) -> _Prepared:
-        return next(each for each in self._prepared if each.optimizer is optimizer)
+        for each in self._prepared:
+            if each.optimizer is optimizer:
+                return each
+        raise ConfigError(
+            f"A {type(optimizer).__name__} was used that DeepSpeed does not have, or not any more since `free_memory`. "
+            f"Use the one that `prepare` returned."
+        )
 
 
 def _trainable(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
