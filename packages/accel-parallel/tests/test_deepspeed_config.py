@@ -441,7 +441,8 @@ def test_the_width_is_where_models_tell_it() -> None:
 
 
 def test_ranks_that_share_are_those_of_the_mesh() -> None:
-    assert complete(None, Facts(tp_size=2, sp_size=4)).values["tensor_parallel"] == {"autotp_size": 2, "vocab_parallel_lm_head": False}
+    divided = complete(None, Facts(tp_size=2, sp_size=4)).values["tensor_parallel"]
+    assert divided == {"autotp_size": 2, "vocab_parallel_lm_head": False}
     assert complete(None, Facts(sp_size=4)).values["sequence_parallel_size"] == 4
     assert not {"tensor_parallel", "sequence_parallel_size"} & complete().values.keys()
     assert complete({"tensor_parallel": {"autotp_size": 0}}).values["tensor_parallel"] == {"autotp_size": 0}

@@ -110,12 +110,13 @@ class Gradients(ABC):
             self._drop()
         self.present, self.complete, self.divisor = False, False, 1.0
 
-    def _before_another(self) -> None:
-        """A backward of this window has run already."""
-
     @abstractmethod
     def clamp(self, bound: float) -> None:
         """Every rank must call this. Bound each entry."""
+
+    @abstractmethod
+    def _before_another(self) -> None:
+        """A backward of this window has run already."""
 
     @abstractmethod
     def _norm(self) -> torch.Tensor: ...
@@ -166,6 +167,8 @@ class _WholeGradients(Gradients):
         if not _is_one(self.divisor):
             scale_gradients_(gradients_of(self.parameters), 1.0 / self.divisor)
             self.divisor = 1.0
+
+    def _before_another(self) -> None: ...
 
     def _drop(self) -> None:
         self.engine.zero_grad()
