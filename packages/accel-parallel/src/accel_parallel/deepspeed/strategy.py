@@ -17,10 +17,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from accel_parallel.clip import check_clip
-from accel_parallel.deepspeed.available import has_async_io, has_compiler
 from accel_parallel.deepspeed.building import adopt_group, build_engine
 from accel_parallel.deepspeed.bundle import refuse_bundle, refuse_clip
-from accel_parallel.deepspeed.config import CompletedConfig, DeepSpeedConfig, Facts, class_names_of, hidden_size_of
+from accel_parallel.deepspeed.completing import completed_for
+from accel_parallel.deepspeed.config import CompletedConfig, DeepSpeedConfig
 from accel_parallel.deepspeed.gradients import Gradients, gradients_held_by
 from accel_parallel.deepspeed.hf_config import HfDeepSpeedConfig
 from accel_parallel.deepspeed.options import DeepSpeedOptions, named_plugins
@@ -381,7 +381,7 @@ class DeepSpeedStrategy(SingleStrategy):
 
     def _engine_of(self, model: nn.Module, optimizer: Optimizer | None, bundle: Bundle) -> _Prepared | None:
         """What DeepSpeed makes of a model; ``None`` where there is nothing to divide, and it is only moved."""
-        config = self._complete(model, optimizer, bundle)
+        config = completed_for(self._config, self.options, model, optimizer, bundle, process=self.process)
         check_tensor_parallel(model, config.values.get("tensor_parallel") or {})
         if self.sequence is not None:
             self.sequence.attach(model)
@@ -422,60 +422,6 @@ class DeepSpeedStrategy(SingleStrategy):
                 )
 
         return model.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call, unused-ignore]
-
-    def _complete(self, model: nn.Module, optimizer: Optimizer | None, bundle: Bundle) -> CompletedConfig:
-        config = self._config
-        placeholders = [each for each in bundle.schedulers if isinstance(each, DummyScheduler)]
-        shape = self.process.topology.shape
-        facts = Facts(
-            world_size=self.process.topology.data_world_size,
-            micro_batch_size=bundle.batch_size,
-            num_steps=bundle.num_steps,
-            precision=self.options.precision,
-            precision_source=self.options.precision_source,
-            hidden_size=hidden_size_of(model),
-            module_classes=class_names_of(model),
-            optimizer=optimizer,
-            scheduler=placeholders[0] if placeholders and optimizer is not None else None,
-            tp_size=shape.tp,
-            sp_size=shape.sp,
-            device_type=self.process.device.type,
-            has_compiler=has_compiler(),
-            has_async_io="nvme" not in config.offload_devices or has_async_io(),
-        )
-        if config.stage != "auto":
-            return config.complete(facts)
-        return self._choose_stage(config, facts, model, bundle)
-
-    def _choose_stage(self, config: DeepSpeedConfig, facts: Facts, model: nn.Module, bundle: Bundle) -> CompletedConfig:
-        """Every rank must call this. By the cost model, on the least memory that any rank has."""
-        from accel_parallel.auto import agreed_hardware  # only for those who ask for it
-        from accel_parallel.deepspeed.stage import ZeroSizes, choose_stage
-
-        if facts.optimizer is None:
-            return config.complete(facts, stage=0, because="nothing is trained")
-        chosen = choose_stage(
-            model,
-            hardware=agreed_hardware(self.process),
-            world_size=facts.world_size,
-            precision=self.options.precision,
-            optimizer=facts.optimizer,
-            batch_size=facts.micro_batch_size,
-            num_steps=facts.num_steps,
-            sizes=ZeroSizes.of(config.section("zero_optimization"), hidden_size=facts.hidden_size),
-            device=self.process.device.type,
-            offload_optimizer=config.said("zero_optimization.offload_optimizer.device"),  # type: ignore[arg-type]
-            offload_param=config.said("zero_optimization.offload_param.device"),  # type: ignore[arg-type] # refuses more
-        )
-        if self.process.topology.is_main:
-            print(chosen.explain(), flush=True)
-        return config.complete(
-            facts,
-            stage=chosen.stage,
-            offload_optimizer=chosen.offload_optimizer,
-            offload_param=chosen.offload_param,
-            because=f"chosen by the cost model: {chosen.reasons[0]}",
-        )
 
     def _compile_engine(self, engine: Any, model: nn.Module) -> None:
         self.compile(model)
