@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
 
 from accel_parallel import strategy_class
+from accel_parallel.deepspeed.gradients import whole_gradients
 from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
-from accel_parallel.strategy import Strategy
 from accel_parallel.testing import check_contract
 from accel_parallel.testing.scenarios import SCENARIOS
 
 ONE_MODEL = [scenario for scenario in SCENARIOS if scenario.num_models == 1]
 """An engine of DeepSpeed has one model to train, and so has a strategy; several need one each."""
-
-
-def gradients(strategy: Strategy, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole gradients at the end of a window, through DeepSpeed's own accessors."""
-    from deepspeed.utils import safe_get_full_grad
-
-    held: Any = strategy._trained  # type: ignore[attr-defined] # how far the step will divide
-    held._complete()
-    found = {}
-    for name, parameter in strategy.unwrap(model).named_parameters():
-        if parameter.requires_grad:
-            found[name] = safe_get_full_grad(parameter).detach().clone() / float(held.divisor)
-    return found
 
 
 @pytest.mark.timeout(300)
@@ -40,7 +24,7 @@ def test_two_processes(stage: int) -> None:
         scenarios=ONE_MODEL,
         dtype=torch.float32,
         options=DeepSpeedPlugin(zero_stage=stage),  # type: ignore[arg-type]
-        gradients=gradients,
+        gradients=whole_gradients,
         timeout_s=200,
     )
 
@@ -54,7 +38,7 @@ def test_other_worlds(stage: int, world_size: int) -> None:
         scenarios=ONE_MODEL[:6],
         dtype=torch.float32,
         options=DeepSpeedPlugin(zero_stage=stage),  # type: ignore[arg-type]
-        gradients=gradients,
+        gradients=whole_gradients,
         timeout_s=200,
     )
 
@@ -68,7 +52,7 @@ def test_an_optimizer_on_the_host(stage: int) -> None:
         scenarios=ONE_MODEL[1:7],
         dtype=torch.float32,
         options=DeepSpeedPlugin(zero_stage=stage, offload_optimizer_device="cpu"),  # type: ignore[arg-type]
-        gradients=gradients,
+        gradients=whole_gradients,
         timeout_s=200,
     )
 

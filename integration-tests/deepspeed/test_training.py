@@ -304,7 +304,7 @@ def test_sixteen_bits_with_weights_in_float32(stage: int, precision: str, tmp_pa
     reference = run_ranks(run_of, WORLD, None, "none", precision, None, None)[0]
     whole = run_ranks(run_of, WORLD, stage, "none", precision, folder, 9)[0]
     rest = run_ranks(run_of, WORLD, stage, "none", precision, folder, None)[0]
-    assert whole["losses"] == pytest.approx(reference["losses"], abs=0.01)  # autocast rounds at other places
+    assert whole["losses"] == pytest.approx(reference["losses"], abs=0.02)  # autocast rounds at other places
     assert whole["weights"]["first.weight"].dtype is torch.bfloat16
     assert rest["losses"] == whole["losses"][9:]
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from accel_parallel.clip import gradients_of, scale_gradients_
 from accel_parallel.deepspeed.tensor import TensorDivision
 from accel_state.errors import ConfigError
 
-__all__ = ["Gradients", "gradients_held_by"]
+__all__ = ["Gradients", "gradients_held_by", "whole_gradients"]
 
 _EPSILON = 1e-6
 """Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
@@ -42,6 +43,22 @@ def gradients_held_by(
     if stage == 0:
         return _WholeGradients(engine, parameters, division)
     return _DividedGradients(engine, parameters, stage=stage)
+
+
+def whole_gradients(strategy: Any, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every rank must call this. Gradients of a complete window by parameter name, through DeepSpeed's own accessors.
+
+    As the step would see them, but for the loss scale. Used by the contract of strategies; nothing can be added after.
+    """
+    from deepspeed.utils import safe_get_full_grad  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    held: Gradients = strategy._trained
+    held.finish()
+    return {
+        name: safe_get_full_grad(parameter).detach().clone() / float(held.divisor)
+        for name, parameter in strategy.unwrap(model).named_parameters()
+        if parameter.requires_grad
+    }
 
 
 class Gradients(ABC):
@@ -115,6 +132,10 @@ class Gradients(ABC):
         """Every rank must call this. Bound each entry."""
 
     @abstractmethod
+    def finish(self) -> None:
+        """Every rank must call this. Add them up over ranks, after which none can be added; again does nothing."""
+
+    @abstractmethod
     def _before_another(self) -> None:
         """A backward of this window has run already."""
 
@@ -139,12 +160,12 @@ class _WholeGradients(Gradients):
         self._division = division
 
     def clamp(self, bound: float) -> None:
-        self._complete()
+        self.finish()
         for gradient in gradients_of(self.parameters):
             gradient.clamp_(-bound * self._scale, bound * self._scale)
 
     def _norm(self) -> torch.Tensor:
-        self._complete()
+        self.finish()
         total = self._squares(divided=True)
         if self._division:
             dist.all_reduce(total, group=self._division.group)
@@ -159,7 +180,7 @@ class _WholeGradients(Gradients):
     def _scale(self) -> float:
         return float(getattr(self.engine.optimizer, "cur_scale", 1.0))
 
-    def _complete(self) -> None:
+    def finish(self) -> None:
         if not self.complete:
             with _boundary(self.engine):
                 self.engine.allreduce_gradients()
@@ -175,7 +196,7 @@ class _WholeGradients(Gradients):
 
     def _before_step(self) -> None:
         if not _is_one(self.divisor):
-            self._complete()
+            self.finish()
 
     def _after_step(self) -> None: ...
 
@@ -198,7 +219,7 @@ class _DividedGradients(Gradients):
                 "`clip_grad_value_` was called, and gradients of an offloaded optimizer are with it, their norms "
                 "counted already. Use `clip_grad_norm_`, or keep the optimizer on the device."
             )
-        self._complete()
+        self.finish()
         limit = bound * float(self._optimizer.loss_scale * self.divisor)
         for parts in self._optimizer.averaged_gradients.values():
             for part in parts or ():
@@ -207,7 +228,7 @@ class _DividedGradients(Gradients):
     def _norm(self) -> torch.Tensor:
         from deepspeed.runtime.utils import combine_grad_norm_groups  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-        self._complete()
+        self.finish()
         optimizer = self._optimizer
         scaled = (
             combine_grad_norm_groups(optimizer._get_norm_groups())
@@ -218,7 +239,7 @@ class _DividedGradients(Gradients):
         found = scaled / (optimizer.loss_scale * torch.as_tensor(self.divisor, device=scaled.device))
         return torch.where(scaled < 0, math.inf, found).to(torch.float32)  # below zero stands for one not finite
 
-    def _complete(self) -> None:
+    def finish(self) -> None:
         if self.complete:
             return
         with _boundary(self.engine):
@@ -230,7 +251,7 @@ class _DividedGradients(Gradients):
 
     def _drop(self) -> None:
         optimizer = self._optimizer
-        self._complete()  # what waits in buckets may belong to a sum that ranks have begun
+        self.finish()  # what waits in buckets may belong to a sum that ranks have begun
         optimizer.zero_grad(set_to_none=True)
         if self._is_offloaded:
             optimizer.reset_cpu_buffers()
