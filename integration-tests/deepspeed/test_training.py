@@ -227,6 +227,33 @@ def test_tied_weights_are_gathered_once_on_every_rank(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors").keys() == {"first.weight"}
 
 
+def norms_measured(stage: int) -> list[int]:
+    run = Run(Accelerator(deepspeed_plugin=plugin(stage)))
+    strategy: Any = run.accelerator.strategy  # type: ignore[union-attr]
+    kind: Any = type(strategy._only.engine.optimizer)
+    name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+    whole, counts = getattr(kind, name), [0]
+
+    def measure(*given: Any, **settings: Any) -> Any:
+        counts[-1] += 1
+        return whole(*given, **settings)
+
+    setattr(kind, name, measure)  # the class of this rank's process, which ends with the test
+    for clips in (True, True, False):
+        run.backward(0)
+        if clips:
+            run.clip(0.1)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        counts.append(0)
+    return counts[:-1]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_measures_its_norm_once(stage: int) -> None:
+    assert run_ranks(norms_measured, 2, stage) == [[1, 1, 1]] * 2
+
+
 def backward_after_clipping(stage: int) -> str:
     run = Run(Accelerator(deepspeed_plugin=plugin(stage)))
     run.backward(0)

@@ -208,6 +208,10 @@ class _DividedGradients(Gradients):
         super().__init__(engine, parameters)
         self._stage = stage
         self._optimizer = engine.optimizer
+        self._measured: torch.Tensor | None = None
+        """Norm of the gradients as they lie there, loss scale included, where `clip` has asked for it."""
+        self._steps_on_updates = any(getattr(parameter, "use_muon", False) for parameter in parameters)
+        """Whether DeepSpeed makes something else of gradients before it measures them in its step, as Muon does."""
 
     def _before_another(self) -> None:
         # Stage 3 begins to add, and no longer overwrites, in the next forward, which may have been before both.
@@ -220,6 +224,7 @@ class _DividedGradients(Gradients):
                 "counted already. Use `clip_grad_norm_`, or keep the optimizer on the device."
             )
         self.finish()
+        self._measured = None
         limit = bound * float(self._optimizer.loss_scale * self.divisor)
         for parts in self._optimizer.averaged_gradients.values():
             for part in parts or ():
@@ -230,12 +235,14 @@ class _DividedGradients(Gradients):
 
         self.finish()
         optimizer = self._optimizer
-        scaled = (
-            combine_grad_norm_groups(optimizer._get_norm_groups())
-            if self._stage == 3
-            else (optimizer.scaled_global_norm())
-        )
-        scaled = torch.as_tensor(scaled)
+        if self._measured is None:
+            norm = (
+                combine_grad_norm_groups(optimizer._get_norm_groups())
+                if self._stage == 3
+                else optimizer.scaled_global_norm()
+            )
+            self._measured = torch.as_tensor(norm)
+        scaled = self._measured
         found = scaled / (optimizer.loss_scale * torch.as_tensor(self.divisor, device=scaled.device))
         return torch.where(scaled < 0, math.inf, found).to(torch.float32)  # below zero stands for one not finite
 
@@ -267,9 +274,17 @@ class _DividedGradients(Gradients):
         # A scale that grows in this very step is for the next window: these gradients have the present one.
         optimizer.external_loss_scale = float(optimizer.loss_scaler.cur_scale * self.divisor)
         optimizer.custom_loss_scaler = True
+        known = self._measured
+        if known is not None and not self._steps_on_updates:  # it would measure and exchange the same once more
+            if self._stage == 3:
+                optimizer._get_norm_groups = lambda: [known]
+            else:
+                optimizer.scaled_global_norm = lambda norm_type=2: known
 
     def _after_step(self) -> None:
         self._optimizer.custom_loss_scaler = False
+        for name in ("_get_norm_groups", "scaled_global_norm"):
+            self._optimizer.__dict__.pop(name, None)  # and the class's own is there again
         self._clear()
 
     @property
@@ -279,6 +294,7 @@ class _DividedGradients(Gradients):
 
     def _clear(self) -> None:
         """Zero what outlives a window, which DeepSpeed overwrites only for parameters that the next one uses."""
+        self._measured = None
         optimizer = self._optimizer
         optimizer.clear_backward_seen_flag()
         if self._stage == 3:
