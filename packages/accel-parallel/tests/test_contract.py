@@ -14,7 +14,8 @@ BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
 
 def test_every_registered_strategy_is_tried() -> None:
-    assert WORLDS.keys() == BUILT_IN.keys()
+    elsewhere = {"deepspeed"}  # integration-tests/deepspeed/test_contract.py, where DeepSpeed is installed
+    assert WORLDS.keys() | elsewhere == BUILT_IN.keys()
 
 
 @pytest.mark.parametrize(

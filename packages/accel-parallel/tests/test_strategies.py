@@ -44,7 +44,7 @@ def test_the_world_chooses(world_size: int, name: str) -> None:
 
 
 def test_an_unknown_strategy_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"`strategy='dpp'` is not provided.*ddp.*Use one of ddp, fsdp, single"):
+    with pytest.raises(ConfigError, match=r"`strategy='dpp'` is not provided.*ddp.*Use one of ddp, deepspeed, fsdp, single"):
         strategy_class("dpp")
 
 
@@ -57,7 +57,7 @@ def test_third_parties_add_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("accel_parallel.select.entry_points", lambda group: [Point()])
     assert strategy_class("mine") is SingleStrategy
-    with pytest.raises(ConfigError, match="Use one of ddp, fsdp, mine, single"):
+    with pytest.raises(ConfigError, match="Use one of ddp, deepspeed, fsdp, mine, single"):
         strategy_class("other")
 
 
