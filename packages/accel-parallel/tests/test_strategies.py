@@ -44,7 +44,7 @@ def test_the_world_chooses(world_size: int, name: str) -> None:
 
 
 def test_an_unknown_strategy_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"`strategy='dpp'` is not provided.*ddp.*Use one of ddp, deepspeed, fsdp, single"):
+    with pytest.raises(ConfigError, match=r"`strategy='dpp'` is not provided.*'ddp'.*of ddp, deepspeed, fsdp, single"):
         strategy_class("dpp")
 
 
