@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -80,7 +81,7 @@ def test_sizes() -> None:
 
 def tensors_only(folder: str) -> str:
     accelerator = Accelerator()
-    accelerator.save({"a": torch.arange(3)}, f"{folder}/a.safetensors", metadata={"format": "pt"})
+    accelerator.save({"a": torch.arange(3)}, f"{folder}/a.safetensors", metadata={"step": "7"})
     if not accelerator.is_main_process:
         return ""
     with pytest.raises(ConfigError, match="holds tensors by name") as refused:
@@ -91,4 +92,6 @@ def tensors_only(folder: str) -> str:
 def test_save_writes_tensors_and_nothing_else(tmp_path: Path) -> None:
     assert "`b` is a int" in run_ranks(tensors_only, 2, str(tmp_path))[0]
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.arange(3))
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "7"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from accel_parallel.accumulation import Window
 from accel_parallel.optimizer import PreparedOptimizer
-from accel_parallel.strategy import Strategy
 from accel_state.errors import ConfigError
 from accel_state.process import Process
-from accel_state.protocols import LossScaler
 
 __all__ = ["FusedOptimizer", "audit_fused", "steps_in_backward"]
 
@@ -75,18 +72,6 @@ class FusedOptimizer(PreparedOptimizer):
     A schedule follows its steps, as it does those of others; the rate is that of its first parameter group.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        window: Window,
-        strategy: Strategy,
-        scaler: LossScaler,
-        given: Optimizer | None = None,
-    ) -> None:
-        super().__init__(optimizer, window=window, strategy=strategy, scaler=scaler, given=given)
-        self._run: Callable[[torch.Tensor, float], Any] = optimizer.fused_backward  # type: ignore[attr-defined]
-
     def run_backward(self, loss: torch.Tensor, learning_rate: float | None, kwargs: dict[str, Any]) -> None:
         """Backward and step in one.
 
@@ -109,7 +94,8 @@ class FusedOptimizer(PreparedOptimizer):
                 f"{name} steps in every backward and keeps no gradients, so a window of {self.window.length} "
                 f"micro-batches cannot add any up. Use windows of one with this optimizer."
             )
-        self._run(loss, self.param_groups[0]["lr"] if learning_rate is None else learning_rate)
+        rate = self.param_groups[0]["lr"] if learning_rate is None else learning_rate
+        self.optimizer.fused_backward(loss, rate)  # type: ignore[attr-defined]
         self.optimizer._opt_called = True  # type: ignore[attr-defined] # torch's schedulers warn where it is missing
         self.steps_taken += 1
 

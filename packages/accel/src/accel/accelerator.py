@@ -246,6 +246,7 @@ class Accelerator(ProcessView):
         loaders = [self._prepare_loader(each) for each in given["loader"]]
         batch_size = next((getattr(each, "batch_size", None) for each in (*loaders, *self._loaders)), None)
         bundle = self._engine.prepare(given["model"], given["optimizer"], given["scheduler"], batch_size)
+        self._loaders += [each for each in loaders if not any(known is each for known in self._loaders)]
         ready = {"model": iter(bundle.models), "optimizer": iter(bundle.optimizers), "loader": iter(loaders)}
         prepared = [
             self._engine.prepare_scheduler(each, follow=self._follow) if kind == "scheduler" else next(ready[kind])
@@ -584,6 +585,4 @@ class Accelerator(ProcessView):
             config=self._data,
         )
         prepared.observer = self._loops
-        if not any(known is prepared for known in self._loaders):
-            self._loaders.append(prepared)
         return prepared

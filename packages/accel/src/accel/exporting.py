@@ -43,7 +43,7 @@ def size_in_bytes(size: int | str) -> int:
     return size
 
 
-def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Any], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file; it appears complete or not at all.
 
     Raises:
@@ -59,7 +59,8 @@ def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
         )
     written = path.with_name(f".{path.name}.part")
     try:
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, written, {"format": "pt"})
+        own = {name: value.detach().contiguous() for name, value in tensors.items()}
+        save_file(own, written, {"format": "pt", **(metadata or {})})
         written.replace(path)
     finally:
         written.unlink(missing_ok=True)

@@ -91,7 +91,7 @@ class ProcessView:
         """Whether this is the last process of all."""
         return self.process.topology.is_last
 
-    def save(self, obj: Mapping[str, torch.Tensor], f: str | Path, **kwargs: Any) -> None:
+    def save(self, obj: Mapping[str, torch.Tensor], f: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write tensors by name as one safetensors file, from the main process only; nothing is pickled.
 
         Fits ``save_pretrained(..., save_function=accelerator.save)``.
@@ -99,10 +99,10 @@ class ProcessView:
         Args:
             obj: tensors by name.
             f: path of the file.
-            kwargs: what such callers pass besides, such as ``metadata``; not needed.
+            metadata: of the file, besides ``format``.
         """
         if self.is_main_process:
-            save_tensors(obj, Path(f))
+            save_tensors(obj, Path(f), metadata=metadata)
 
     def wait_for_everyone(self) -> None:
         """Wait until all processes are here. Every rank must call this."""

@@ -10,6 +10,7 @@ from accel_parallel.deepspeed.config import CompletedConfig, DeepSpeedConfig, Fa
 from accel_parallel.deepspeed.options import DeepSpeedOptions
 from accel_parallel.deepspeed.placeholders import DummyScheduler
 from accel_parallel.strategy import Bundle
+from accel_state.errors import ConfigError
 from accel_state.process import Process
 
 __all__ = ["completed_for"]
@@ -56,10 +57,30 @@ def completed_for(
         has_async_io="nvme" not in config.offload_devices or has_async_io(),
     )
     if config.stage != "auto":
-        return config.complete(facts)
-    if optimizer is None:
-        return config.complete(facts, stage=0, because="nothing is trained")
-    return _with_chosen_stage(config, facts, model, optimizer, process)
+        completed = config.complete(facts)
+    elif optimizer is None:
+        completed = config.complete(facts, stage=0, because="nothing is trained")
+    else:
+        completed = _with_chosen_stage(config, facts, model, optimizer, process)
+    _refuse_other_buffers(completed)
+    return completed
+
+
+def _refuse_other_buffers(completed: CompletedConfig) -> None:
+    """DeepSpeed has optimizers whose gradients or weights lie elsewhere than in those of ZeRO."""
+    values = completed.values
+    widened = values.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32")
+    narrow = next((name for name in ("bf16", "fp16") if values.get(name, {}).get("enabled")), None)
+    if completed.stage == 1 and narrow == "bf16" and widened:
+        raise ConfigError(
+            "`data_types.grad_accum_dtype` is 'fp32' at ZeRO stage 1 in bfloat16, for which DeepSpeed has another "
+            "optimizer, whose buffers are not read here. Use `zero_stage=2`, which takes less memory too."
+        )
+    if completed.stage == 0 and narrow is not None and "optimizer" in values:
+        raise ConfigError(
+            f"The configuration has an `optimizer` section at ZeRO stage 0 in {narrow}, where DeepSpeed keeps float32 "
+            f"weights of many parameters as one, which is not read here. Use `zero_stage=1`, or an optimizer of torch."
+        )
 
 
 def _with_chosen_stage(

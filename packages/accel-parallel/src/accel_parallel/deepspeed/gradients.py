@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -96,10 +96,10 @@ class Gradients(ABC):
     def clip(self, max_norm: float | None) -> torch.Tensor:
         """Every rank must call this. Their norm; where `max_norm` is given, the step divides them down to it."""
         if not self.present:
-            return torch.zeros(())
+            return torch.zeros((), device=self.engine.device)
         norm = self._norm()
         if max_norm is not None:
-            self.divide(((norm + _EPSILON) / max_norm if max_norm > 0 else norm * math.inf).clamp(min=1.0))
+            self.divide(((norm + _EPSILON) / max_norm).clamp(min=1.0))  # by infinity for a `max_norm` of zero
         return norm
 
     def step(self) -> bool:
@@ -114,7 +114,7 @@ class Gradients(ABC):
             return True
         self._before_step()
         try:
-            with _finished(self.engine) if self.complete else _running():
+            with _finished(self.engine) if self.complete else nullcontext():
                 self.engine.step()
         finally:
             self._after_step()
@@ -333,11 +333,6 @@ def _finished(engine: Any) -> Iterator[None]:
     finally:
         engine._is_gradient_accumulation_boundary = None
         engine._config.managed_gradient_accumulation = False
-
-
-@contextmanager
-def _running() -> Iterator[None]:
-    yield
 
 
 def _is_one(value: float | torch.Tensor) -> bool:

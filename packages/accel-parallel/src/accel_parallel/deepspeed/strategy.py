@@ -394,7 +394,7 @@ class DeepSpeedStrategy(SingleStrategy):
             logger.warning("%s", warning)
         groups = [] if optimizer is None else [_trainable(group["params"]) for group in optimizer.param_groups]
         engine = build_engine(model, optimizer, config.values)
-        self._compile_engine(engine, model)
+        self.compile(model, sharded=config.stage == 3)  # whose hooks on every module would cut the graph of the whole
         stage, division = config.stage, TensorDivision(model)
         if division and optimizer is not None:
             self._unproven.append(ReplicaAudit(model, division))
@@ -422,9 +422,6 @@ class DeepSpeedStrategy(SingleStrategy):
                 )
 
         return model.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call, unused-ignore]
-
-    def _compile_engine(self, engine: Any, model: nn.Module) -> None:
-        self.compile(model)
 
     @property
     def _only(self) -> _Prepared:
