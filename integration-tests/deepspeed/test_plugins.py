@@ -159,9 +159,9 @@ def test_a_script_that_counts_by_itself_and_saves_a_pretrained_model(tmp_path: P
         assert found["same"]
 
 
-def compiled(regional: bool) -> list[float]:
-    plugin = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=regional)
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2), dynamo_plugin=plugin)
+def compiled(stage: int, regional: bool | None) -> list[float]:
+    plugin = None if regional is None else TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=regional)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage), dynamo_plugin=plugin)  # type: ignore[arg-type]
     made = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
     with torch.no_grad():
         for number, parameter in enumerate(made.parameters()):
@@ -180,8 +180,42 @@ def compiled(regional: bool) -> list[float]:
 
 
 def test_compiling_in_place_changes_nothing() -> None:
-    whole, regional = run_ranks(compiled, 2, False)[0], run_ranks(compiled, 2, True)[0]
-    assert whole == pytest.approx(regional, abs=1e-6)
+    plain = run_ranks(compiled, 2, 2, None)[0]
+    for stage, regional in ((2, False), (2, True), (3, True)):
+        assert run_ranks(compiled, 2, stage, regional)[0] == pytest.approx(plain, abs=1e-6), (stage, regional)
+
+
+class Recomputed(nn.Module):
+    """Its middle is computed again in backward, by DeepSpeed's own function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """(rows, 8) to (rows, 8)."""
+        from deepspeed import checkpointing
+
+        hidden: torch.Tensor = checkpointing.checkpoint(self.second, self.first(batch))
+        return hidden
+
+
+def recomputed() -> tuple[bool, float]:
+    from deepspeed import checkpointing
+
+    section = {"partition_activations": False, "number_checkpoints": 1}
+    config = {"zero_optimization": {"stage": 2}, "activation_checkpointing": section}
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    made = Recomputed()
+    prepared: Any = accelerator.prepare(made, torch.optim.SGD(made.parameters(), lr=0.1))
+    accelerator.backward(prepared[0](rows(accelerator.process_index)).pow(2).mean())
+    return checkpointing.is_configured(), float(accelerator.clip_grad_norm_(made.parameters(), 1.0))
+
+
+def test_the_section_configures_deepspeeds_own_recomputing() -> None:
+    for configured, norm in run_ranks(recomputed, 2):
+        assert configured
+        assert norm > 0
 
 
 def automatic() -> tuple[int, str]:
@@ -246,6 +280,14 @@ def refusals() -> dict[str, str]:
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2, **settings))
 
     made = model()
+    for name, given, made_by in (
+        ("other buffers", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+                           "data_types": {"grad_accum_dtype": "fp32"}}, torch.optim.AdamW),
+        ("flat weights", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0},
+                          "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, DummyOptim),
+    ):  # fmt: skip
+        narrow, odd = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=given)), model()
+        refused(name, lambda n=narrow, o=odd, by=made_by: n.prepare(o, by(o.parameters(), lr=0.1)))
     later, apart = accelerator(), model()
     later.prepare(apart)
     refused("optimizer later", lambda: later.prepare(torch.optim.SGD(apart.parameters(), lr=0.1)))
@@ -283,6 +325,8 @@ MESSAGES = {
     "no placement": "`device_placement=False`",
     "loss parallel": "`ParallelismConfig(loss_parallel=...)`",
     "optimizer alone": "belong to no prepared model",
+    "other buffers": "Use `zero_stage=2`",
+    "flat weights": "Use `zero_stage=1`, or an optimizer of torch",
     "optimizer later": "SGD belongs to no model of the same call",
     "double": "`0.weight` is float64",
     "second model": "Make an `Accelerator` for each model",

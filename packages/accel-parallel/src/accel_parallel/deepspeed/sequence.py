@@ -26,6 +26,7 @@ from torch import nn
 
 from accel_parallel.forwards import Forward
 from accel_parallel.parallelism import REFUSED_ATTENTION, DeepSpeedSequenceParallelConfig, ParallelismConfig
+from accel_parallel.sequence.arguments import attention_configs
 from accel_parallel.sequence.attention import SequenceParallel
 from accel_parallel.sequence.ulysses import check_heads
 from accel_state.errors import ConfigError
@@ -93,7 +94,7 @@ class DeepSpeedUlysses(SequenceParallel):
             super().check(model)
         else:
             self._check_other(model, implementation)
-        for config in _configs(model):
+        for config in attention_configs(model):
             self._check_key_heads(config, name)
         if not self._entries(model, implementation):
             raise ConfigError(
@@ -154,7 +155,7 @@ class DeepSpeedUlysses(SequenceParallel):
             ConfigError: for other models than those of transformers, and other attention than was asked for.
         """
         name = type(model).__name__
-        found = {str(config._attn_implementation) for config in _configs(model)}
+        found = {str(config._attn_implementation) for config in attention_configs(model)}
         if not found:
             raise ConfigError(
                 f"`{name}` is no model of transformers (no `config` of it names an attention), and DeepSpeed's "
@@ -178,7 +179,7 @@ class DeepSpeedUlysses(SequenceParallel):
     def _check_other(self, model: nn.Module, implementation: str) -> None:
         """What `check_model` says about models whose attention is not torch's."""
         name = type(model).__name__
-        for config in _configs(model):
+        for config in attention_configs(model):
             if getattr(config, "is_encoder_decoder", False):
                 raise ConfigError(
                     f"`{name}` has an encoder and a decoder (`is_encoder_decoder=True`), two sequences of which one "
@@ -329,15 +330,6 @@ def sequence_along(mesh: DeviceMesh, parallelism: ParallelismConfig) -> Sequence
     if parallelism.sp_backend == "native":
         return SequenceParallel(group, kind="ulysses", tp_size=tp_size)
     return DeepSpeedUlysses(group, options=parallelism.sp_handler, tp_size=tp_size)
-
-
-def _configs(model: nn.Module) -> Iterator[Any]:
-    seen: set[int] = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation") and id(config) not in seen:
-            seen.add(id(config))
-            yield config
 
 
 @contextmanager

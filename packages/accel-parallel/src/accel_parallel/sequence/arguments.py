@@ -20,7 +20,7 @@ from accel_parallel.sequence.layout import SequenceLayout
 from accel_parallel.sequence.ulysses import check_heads
 from accel_state.errors import ConfigError
 
-__all__ = ["CallAdapter", "check_model"]
+__all__ = ["CallAdapter", "attention_configs", "check_model"]
 
 _CACHES = ("past_key_values", "cache", "past_key_value", "layer_past")
 _SCALED_BY_LENGTH = ("dynamic", "longrope")
@@ -34,7 +34,7 @@ def check_model(model: nn.Module, layout: SequenceLayout, *, tp_size: int) -> No
         ConfigError: naming the setting and its value.
     """
     name = type(model).__name__
-    for config in _configs(model):
+    for config in attention_configs(model):
         _check_config(config, name)
         heads = getattr(config, "num_attention_heads", None)
         if layout.kind == "ulysses" and isinstance(heads, int):
@@ -47,7 +47,8 @@ def check_model(model: nn.Module, layout: SequenceLayout, *, tp_size: int) -> No
                 check_heads(module.num_heads, layout.size, what=f"`{key or name}`")
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
+def attention_configs(model: nn.Module) -> Iterator[Any]:
+    """Each configuration in a model that names an implementation of attention, as those of transformers do."""
     seen: set[int] = set()
     for module in model.modules():
         config = getattr(module, "config", None)
