@@ -58,7 +58,9 @@ def run_and_kill(project_dir: Path, num_processes: int, *, at_step: int) -> int:
 def losses(project_dir: Path) -> dict[int, set[float]]:
     """Every loss that was logged, by step. A step that was run again after the resume has one entry if both agree."""
     found: dict[int, set[float]] = {}
-    for path in project_dir.rglob("metrics.jsonl"):
+    # Not rglob: before Python 3.13 that raises where a folder is renamed under it, as a commit of a checkpoint does.
+    logs = [Path(folder, "metrics.jsonl") for folder, _, files in os.walk(project_dir) if "metrics.jsonl" in files]
+    for path in logs:
         for line in path.read_text().splitlines(keepends=True):
             if line.endswith("\n"):
                 row = json.loads(line)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from accel_state.testing import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -24,26 +23,25 @@ BLOCK = re.compile(
 
 
 def blocks() -> list[Any]:
-    """Each as a parameter named by its file and line."""
+    """Each with a number of processes, named by its file, its line and that number."""
     found = []
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         for match in BLOCK.finditer(text):
             line = text.count("\n", 0, match.start("code")) + 1
-            found.append(pytest.param(match["code"], id=f"{document.relative_to(ROOT)}:{line}"))
+            name = f"{document.relative_to(ROOT)}:{line}"
+            sizes = [2] if "two processes" in match["more"] else [1, 2]
+            found += [pytest.param(match["code"], size, id=f"{name}-{size}") for size in sizes]
     return found
 
 
-def run_block(code: str, folder: str) -> None:
-    os.chdir(folder)
-    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
-
-
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("code", blocks())
-def test_block_runs(code: str, world_size: int, tmp_path: Path) -> None:
-    run_ranks(run_block, world_size, code, str(tmp_path), open_process=False, timeout_s=150)
+@pytest.mark.parametrize(("code", "world_size"), blocks())
+def test_block_runs(code: str, world_size: int, tmp_path: Path, run_command: Callable[..., Any]) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(code)
+    launch = [sys.executable, "-m", "accel_launch", "launch", "--cpu", "--num-processes", str(world_size)]
+    run_command([*launch, script], timeout_s=150)
 
 
 def test_blocks_are_found_at_all() -> None:

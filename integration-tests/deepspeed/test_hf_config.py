@@ -13,9 +13,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from accel import Accelerator
 from accel_parallel.deepspeed.config import DeepSpeedConfig
 from accel_parallel.deepspeed.hf_config import HfDeepSpeedConfig
 from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
+from accel_state import ProcessSettings
 from accel_state.testing import run_ranks
 
 deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed lives in an environment of its own")
@@ -123,3 +125,17 @@ def test_the_latest_configuration_is_followed_until_it_is_released() -> None:
     assert bridge.is_deepspeed_zero3_enabled()
     teacher.release()
     assert bridge.deepspeed_config() is None
+
+
+def choices() -> list[bool]:
+    """Whether transformers divides models after each Accelerator."""
+    found = []
+    for stage, flag in ((3, None), (2, None), (3, None), (3, False)):
+        accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage, zero3_init_flag=flag))
+        accelerator.free_memory()
+        found.append(transformers.integrations.deepspeed.is_deepspeed_zero3_enabled())
+    return found
+
+
+def test_the_latest_accelerator_decides_whether_models_are_divided() -> None:
+    assert run_ranks(choices, 1, settings=ProcessSettings(device="cpu"), timeout_s=90) == [[True, False, True, False]]

@@ -56,7 +56,9 @@ def world() -> dist.ProcessGroup:
 
 
 def accelerator_of(stage: int, config: ParallelismConfig) -> Accelerator:
-    return Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage), parallelism_config=config)
+    """Models are built whole, with the random numbers of one process."""
+    plugin = DeepSpeedPlugin(zero_stage=stage, zero3_init_flag=False if stage == 3 else None)
+    return Accelerator(cpu=True, deepspeed_plugin=plugin, parallelism_config=config)
 
 
 def llama(**options: Any) -> Any:
@@ -127,8 +129,8 @@ def train(
 ) -> dict[tuple[str, int], tuple[list[float], dict[str, torch.Tensor], float]]:
     found = {}
     for how, stage in asked:
-        network = llama()  # before stage 3 divides it while it is built, with other random numbers
         accelerator = accelerator_of(stage, parallelism(replicas))
+        network = llama()
         model, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), lr=RATE))
         losses, norm = [], torch.zeros(())
         for step in range(STEPS):

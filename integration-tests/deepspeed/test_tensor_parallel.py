@@ -67,7 +67,8 @@ def batch_of(step: int, replica: int) -> dict[str, torch.Tensor]:
 
 
 def accelerator_of(stage: Any, config: ParallelismConfig, **arguments: Any) -> Accelerator:
-    plugin = DeepSpeedPlugin(zero_stage=stage, **arguments)
+    """Models are built whole: AutoTP divides no others."""
+    plugin = DeepSpeedPlugin(zero_stage=stage, zero3_init_flag=False if stage == 3 else None, **arguments)
     return Accelerator(cpu=True, deepspeed_plugin=plugin, parallelism_config=config)
 
 
@@ -79,8 +80,8 @@ def train(config: ParallelismConfig, asked: list[tuple[str, int]]) -> dict[tuple
     """Losses, the last norm, whole weights in the end, and the shape of one rank's logits."""
     found: dict[tuple[str, int], tuple[Any, ...]] = {}
     for kind, stage in asked:
-        module = network(kind)
         accelerator = accelerator_of(stage, config)
+        module = network(kind)
         model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=RATE))
         losses, norm, shape = [], torch.zeros(()), torch.Size()
         for step in range(STEPS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any
 
 from accel_parallel.deepspeed.reading import read_config
 
-__all__ = ["HfDeepSpeedConfig"]
+__all__ = ["HfDeepSpeedConfig", "build_whole"]
 
 
 class HfDeepSpeedConfig:
@@ -96,6 +97,13 @@ class HfDeepSpeedConfig:
             self.get_value(f"zero_optimization.offload_{name}.device") in ("cpu", "nvme")
             for name in ("optimizer", "param")
         )
+
+
+def build_whole() -> None:
+    """Let transformers build models whole, whichever configuration it was told. Imports nothing."""
+    bridge = sys.modules.get("transformers.integrations.deepspeed")
+    if bridge is not None:
+        bridge.unset_hf_deepspeed_config()
 
 
 def _bridge() -> ModuleType | None:

@@ -22,7 +22,7 @@ from accel_parallel.deepspeed.bundle import refuse_bundle, refuse_clip
 from accel_parallel.deepspeed.completing import completed_for
 from accel_parallel.deepspeed.config import CompletedConfig, DeepSpeedConfig
 from accel_parallel.deepspeed.gradients import Gradients, gradients_held_by
-from accel_parallel.deepspeed.hf_config import HfDeepSpeedConfig
+from accel_parallel.deepspeed.hf_config import HfDeepSpeedConfig, build_whole
 from accel_parallel.deepspeed.options import DeepSpeedOptions, named_plugins
 from accel_parallel.deepspeed.placeholders import DummyScheduler
 from accel_parallel.deepspeed.plugin import DeepSpeedPlugin
@@ -147,8 +147,7 @@ class DeepSpeedStrategy(SingleStrategy):
         """
         self.options.find(name)
         self._selected = name
-        if self._told is not None:
-            self._told.release()
+        build_whole()  # also where an earlier Accelerator divides them: the latest choice holds
         self._told = HfDeepSpeedConfig(self._before_model()) if self._config.is_zero3_init else None
 
     @contextmanager
