@@ -21,6 +21,7 @@ from accel_parallel.checkpoint import (
     prune,
     save_checkpoint,
 )
+from accel_parallel.checkpoint.folder import LocalFolder
 from accel_parallel.checkpoint.layout import complete_checkpoints, previous_path, recover
 from accel_state import CheckpointError, ConfigError, Process, ProcessSettings
 
@@ -195,7 +196,7 @@ def test_damage_names_the_file_and_the_item(tmp_path: Path, name: str, damage: s
         "deleted": "is missing",
         "cut": f"has {len(data) - 1} bytes instead of {len(data)}",
         "flipped": "checksum differs",
-    }.get(damage, "is not a plain file")
+    }.get(damage, "cannot be read as a plain file")
     item = name.split(".")[0]
     checkpoint = Checkpoint(folder)
     with pytest.raises(CheckpointError, match=f"`{name}` of `{item}` in .* {problem}"):
@@ -212,7 +213,7 @@ def test_any_flipped_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
         changed = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         path.write_bytes(changed)
         try:
-            Manifest.read(path.parent)
+            Manifest.read(LocalFolder(path.parent))
         except CheckpointError as error:
             assert "manifest" in str(error)  # noqa: PT017
         else:
@@ -248,8 +249,8 @@ def sealed(folder: Path, change: Any) -> None:
 
 def test_a_newer_version_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "run")
-    sealed(folder, lambda data: data.update(version=2))
-    with pytest.raises(CheckpointError, match="has format version 2, and this accel-parallel reads 1"):
+    sealed(folder, lambda data: data.update(version=3))
+    with pytest.raises(CheckpointError, match="has format version 3, and this accel-parallel reads 2"):
         Checkpoint(folder)
 
 

@@ -26,8 +26,8 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from accel_parallel.checkpoint import About, Item, write_checkpoint
 from accel_parallel.checkpoint.codec import decode, encode
-from accel_parallel.checkpoint.store import Item, write_item
 from accel_state import CheckpointError
 
 
@@ -165,7 +165,8 @@ def test_states_of_optimizers_come_back_and_go_on_alike(name: str, tmp_path: Pat
         step(model, optimizer)
     state = through(optimizer.state_dict())
     assert same(state, optimizer.state_dict())
-    write_item(tmp_path, Item("optimizer", "optimizer", optimizer.state_dict()))
+    about = About(step=3, strategy="any")
+    write_checkpoint(tmp_path / "run", [Item("optimizer", "optimizer", optimizer.state_dict())], about=about)
     twin.load_state_dict(model.state_dict())
     restored = make(twin.parameters(), **settings)
     restored.load_state_dict(state)

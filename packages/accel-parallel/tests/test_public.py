@@ -42,18 +42,17 @@ def test_every_public_name_is_there() -> None:
 
 def test_names_of_the_checkpoint_and_the_contract_are_these() -> None:
     assert sorted(accel_parallel.checkpoint.__all__) == [
+        "About",
         "Checkpoint",
         "Item",
         "Manifest",
-        "PART",
         "StoredTensor",
-        "divide",
-        "gather",
         "latest_checkpoint",
         "next_number",
         "numbered_path",
         "prune",
         "save_checkpoint",
+        "write_checkpoint",
     ]
     assert sorted(accel_parallel.testing.__all__) == [
         "ContractModel",

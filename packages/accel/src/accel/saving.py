@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,14 +62,18 @@ class Saving:
     def save(self, output_dir: str | Path | None) -> Path:
         """Write a checkpoint. Every rank must call this. Returns its folder."""
         final = self._save_path(output_dir)
-        items, parts = self._spread(self._items())
+        items = self._items()
         for hook in self.save_hooks:
             hook(list(self.engine.models), [item.state for item in items if item.kind == "model"], str(final))
-        owned = items if self.process.topology.is_main else []
-        own_generators = files.Item(f"rng_{self.process.topology.rank}", "rng", rng_state(self.process.kind))
         step = max((optimizer.steps_taken for optimizer in self.engine.optimizers), default=0)
+        strategy = self.engine.strategy
         files.save_checkpoint(
-            final, [*owned, *parts, own_generators], process=self.process, step=step, strategy=self.engine.strategy.name
+            final,
+            [*items, files.Item(f"rng_{self.process.topology.rank}", "rng", rng_state(self.process.kind))],
+            process=self.process,
+            step=step,
+            strategy=strategy.name,
+            spread=strategy.state_layout != "full",
         )
         self._prune(automatic=output_dir is None)
         return final
@@ -84,8 +87,9 @@ class Saving:
         folder = self._load_path(input_dir)
         if folder is None:
             return None
-        # Read, and so verify, everything on every rank before anything is changed on any.
-        states, generators, step = self._agree(lambda: self._read(folder))
+        # Everything is proved, each file by one rank, and then read, before anything is changed on any.
+        checkpoint = self._agree(lambda: self._proved(folder))
+        states, generators, step = self._agree(lambda: self._read(checkpoint))
         for hook in self.load_hooks:
             hook(list(self.engine.models), str(folder))
         self._restore(states)
@@ -97,12 +101,16 @@ class Saving:
         logger.info("Resumed from %s, step %d.", folder, step)
         return folder
 
-    def _read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
+    def _proved(self, folder: Path) -> files.Checkpoint:
         checkpoint = files.Checkpoint(folder)
         self._refuse_other_items(checkpoint)
         topology = self.process.topology
-        checkpoint.verify_parts(share=topology.rank, num_shares=topology.world_size)
-        states = {name: checkpoint.read(name) for name in self._names()}
+        checkpoint.verify(share=topology.rank, num_shares=topology.world_size)
+        return checkpoint
+
+    def _read(self, checkpoint: files.Checkpoint) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
+        lazy = {name for name, record in checkpoint.items.items() if record.kind in ("model", "optimizer")}
+        states = {name: checkpoint.read(name, lazy=name in lazy, verify=False) for name in self._names()}
         return states, self._read_generators(checkpoint), checkpoint.manifest.step
 
     def _agree(self, read: Callable[[], _T]) -> _T:
@@ -141,7 +149,7 @@ class Saving:
     def _items(self) -> list[files.Item]:
         engine = self.engine
         items = [
-            files.Item(_numbered("model", index), "model", engine.strategy.model_state(model))
+            files.Item(_numbered("model", index), "model", engine.strategy.model_state(model), shared=True)
             for index, model in enumerate(engine.models)
         ]
         names = self._parameter_names()  # after the states, which give up what a forward gathered
@@ -150,36 +158,25 @@ class Saving:
             content = {"state": state.state, "groups": state.groups, "steps_taken": optimizer.steps_taken}
             if state.engine:
                 content["engine"] = state.engine
-            items.append(files.Item(_numbered("optimizer", index), "optimizer", content))
-        for index, scheduler in enumerate(engine.schedulers):
-            items.append(files.Item(_numbered("scheduler", index), "scheduler", scheduler.state_dict()))
-        for index, loader in enumerate(self.loaders):
-            # Gradients are not saved: the batches of an unfinished window have to be seen again.
-            items.append(
-                files.Item(_numbered("loader", index), "loader", loader.state_dict(rewind=engine.rewind(loader)))
-            )
-        for index, each in enumerate(self.custom):
-            items.append(files.Item(_numbered("custom", index), "custom", each.state_dict()))
+            items.append(files.Item(_numbered("optimizer", index), "optimizer", content, shared=True))
+        own = self._own_items()  # on every rank, for a state may be put together over ranks
+        return items + own if self.process.topology.is_main else items
+
+    def _own_items(self) -> list[files.Item]:
+        """What the main process saves for all."""
+        engine = self.engine
+        found = [("scheduler", each.state_dict()) for each in engine.schedulers]
+        # Gradients are not saved: the batches of an unfinished window have to be seen again.
+        found += [("loader", each.state_dict(rewind=engine.rewind(each))) for each in self.loaders]
+        found += [("custom", each.state_dict()) for each in self.custom]
+        numbers: dict[str, int] = {}
+        items = []
+        for kind, state in found:
+            items.append(files.Item(_numbered(kind, numbers.get(kind, 0)), kind, state))
+            numbers[kind] = numbers.get(kind, 0) + 1
         if engine.scaler is not None:
             items.append(files.Item("scaler", "scaler", engine.scaler.state_dict()))
         return items
-
-    def _spread(self, items: list[files.Item]) -> tuple[list[files.Item], list[files.Item]]:
-        """Every rank must call this. What the main process writes, and the parts that this rank does."""
-        main = self.process.topology.is_main
-        whole: list[files.Item] = []
-        parts: list[files.Item] = []
-        for item in items:
-            if item.kind not in ("model", "optimizer"):
-                whole.append(item)
-            elif self.engine.strategy.state_layout == "full":
-                whole.append(replace(item, state=files.gather(item.state, keep=main)))
-            else:
-                state, own = files.divide(item.name, item.state, process=self.process)
-                whole.append(replace(item, state=state))
-                if own:
-                    parts.append(files.Item(f"{item.name}-part{self.process.topology.rank}", files.PART, own))
-        return whole, parts
 
     def _restore(self, states: dict[str, Any]) -> None:
         engine = self.engine
@@ -205,7 +202,7 @@ class Saving:
             engine.scaler.load_state_dict(states["scaler"])
 
     def _refuse_other_items(self, checkpoint: files.Checkpoint) -> None:
-        saved = {name for name, record in checkpoint.items.items() if record.kind not in ("rng", files.PART)}
+        saved = {name for name, record in checkpoint.items.items() if record.kind != "rng"}
         missing, extra = sorted(set(self._names()) - saved), sorted(saved - set(self._names()))
         if missing or extra:
             parts = [
@@ -213,7 +210,7 @@ class Saving:
                 f"also holds {', '.join(extra)}" if extra else "",
             ]
             raise CheckpointError(
-                f"`{checkpoint.folder}` {' and '.join(part for part in parts if part)}, so it does not fit what is "
+                f"`{checkpoint.folder.location}` {' and '.join(part for part in parts if part)}, so it does not fit what is "
                 "prepared "
                 f"and registered here, and restoring a part would be silently wrong. Prepare and register the same "
                 f"objects, in the same order and precision, as when it was written."
@@ -229,7 +226,7 @@ class Saving:
                 self.process.topology.world_size,
             )
             return None
-        state: dict[str, Any] = checkpoint.read(f"rng_{self.process.topology.rank}")
+        state: dict[str, Any] = checkpoint.read(f"rng_{self.process.topology.rank}", verify=False)
         return state
 
     def _save_path(self, output_dir: str | Path | None) -> Path:

@@ -2,10 +2,16 @@
 
 ====================  ==========================================================
 `codec`               a state of any shape, split into JSON and tensors, without pickle
+`item`                one thing to save, taken apart
+`plan`                which files its tensors become, and who writes each
+`exchange`            divided tensors put together where they are written
+`outgoing`            the files that a rank writes
+`tensor_file`         reading and writing files of tensors part by part
 `manifest`            what a checkpoint says of itself: items, files, sizes, checksums
-`parts`               tensors that are divided over ranks
-`store`               writing and reading one item's files
-`commit`              temporary folder, manifest, one rename: every rank takes part
+`folder`              where files are
+`staging`             how a new checkpoint takes its name
+`commit`              every rank takes part: all of it, or nothing
+`store`               reading a checkpoint
 `layout`              names of folders, which is the latest, which may go
 ====================  ==========================================================
 
@@ -18,32 +24,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accel_parallel.checkpoint.commit import About as About
     from accel_parallel.checkpoint.commit import save_checkpoint as save_checkpoint
+    from accel_parallel.checkpoint.commit import write_checkpoint as write_checkpoint
+    from accel_parallel.checkpoint.item import Item as Item
     from accel_parallel.checkpoint.layout import latest_checkpoint as latest_checkpoint
     from accel_parallel.checkpoint.layout import next_number as next_number
     from accel_parallel.checkpoint.layout import numbered_path as numbered_path
     from accel_parallel.checkpoint.layout import prune as prune
     from accel_parallel.checkpoint.manifest import Manifest as Manifest
-    from accel_parallel.checkpoint.parts import PART as PART
-    from accel_parallel.checkpoint.parts import StoredTensor as StoredTensor
-    from accel_parallel.checkpoint.parts import divide as divide
-    from accel_parallel.checkpoint.parts import gather as gather
     from accel_parallel.checkpoint.store import Checkpoint as Checkpoint
-    from accel_parallel.checkpoint.store import Item as Item
+    from accel_parallel.checkpoint.tensor_file import StoredTensor as StoredTensor
 
 _HOME = {
+    "About": "commit",
     "save_checkpoint": "commit",
+    "write_checkpoint": "commit",
+    "Item": "item",
     "latest_checkpoint": "layout",
     "next_number": "layout",
     "numbered_path": "layout",
     "prune": "layout",
     "Manifest": "manifest",
-    "PART": "parts",
-    "StoredTensor": "parts",
-    "divide": "parts",
-    "gather": "parts",
     "Checkpoint": "store",
-    "Item": "store",
+    "StoredTensor": "tensor_file",
 }
 
 __all__ = sorted(_HOME)

@@ -12,8 +12,6 @@ cannot hold is written as a dict of one key that begins with ``$``:
 ``{"$counter": [[k, v], ..]}``  a ``collections.Counter`` (schedulers keep milestones in one)
 ``{"$float": "nan"}``  ``nan``, ``inf`` or ``-inf``
 ``{"$dtype": "float32"}``  a ``torch.dtype``
-``{"$parts": {..}}``  a tensor whose parts lie in other items: ``shape``, ``dtype``, and for each part the item, its
-                    key there, where it begins and its shape
 ==================  =========================================================
 """
 
@@ -27,11 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from accel_parallel.checkpoint.parts import StoredPart, StoredTensor
-from accel_parallel.sharded import Box
+from accel_parallel.checkpoint.tensor_file import StoredTensor
+from accel_parallel.flat import FlatPart
 from accel_state.errors import CheckpointError
 
-__all__ = ["decode", "encode"]
+__all__ = ["Leaf", "decode", "encode"]
+
+Leaf = torch.Tensor | FlatPart | StoredTensor
+"""What counts as a tensor: whole, divided over ranks, or in a file of another checkpoint."""
 
 _CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
     "$tuple": tuple,
@@ -42,7 +43,7 @@ _CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def encode(tree: Any, *, item: str) -> tuple[Any, dict[str, torch.Tensor]]:
+def encode(tree: Any, *, item: str) -> tuple[Any, dict[str, Leaf]]:
     """Split a state.
 
     Args:
@@ -55,23 +56,21 @@ def encode(tree: Any, *, item: str) -> tuple[Any, dict[str, torch.Tensor]]:
     Raises:
         CheckpointError: naming the path of a value that is neither JSON nor a tensor.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Leaf] = {}
     return _encode(tree, item, tensors), tensors
 
 
-def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, path: str, tensors: dict[str, Leaf]) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, np.bool_):
         return bool(value)
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Leaf):
         key = path
         while key in tensors:  # {"a.b": ..., "a": {"b": ...}} spells one path twice
             key += "'"
-        tensors[key] = value.detach()
+        tensors[key] = value
         return {"$tensor": key}
-    if isinstance(value, StoredTensor):
-        return {"$parts": _encode_parts(value)}
     if isinstance(value, (int, np.integer)):
         return int(value)
     if isinstance(value, (float, np.floating)):
@@ -94,7 +93,7 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def _encode_mapping(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode_mapping(value: Mapping[Any, Any], path: str, tensors: dict[str, Leaf]) -> Any:
     if isinstance(value, Counter):
         return {"$counter": [_encode_pair(key, count, path, tensors) for key, count in value.items()]}
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
@@ -102,11 +101,11 @@ def _encode_mapping(value: Mapping[Any, Any], path: str, tensors: dict[str, torc
     return {"$dict": [_encode_pair(key, member, path, tensors) for key, member in value.items()]}
 
 
-def _encode_pair(key: Any, member: Any, path: str, tensors: dict[str, torch.Tensor]) -> list[Any]:
+def _encode_pair(key: Any, member: Any, path: str, tensors: dict[str, Leaf]) -> list[Any]:
     return [_encode(key, path, tensors), _encode(member, f"{path}.{key}", tensors)]
 
 
-def decode(value: Any, tensors: Mapping[str, torch.Tensor], *, item: str) -> Any:
+def decode(value: Any, tensors: Mapping[str, Any], *, item: str) -> Any:
     """Put a state together again.
 
     Raises:
@@ -130,11 +129,6 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor], *, item: str) -> Any
         return float(content)
     if mark == "$dtype":
         return _decode_dtype(content, item)
-    if mark == "$parts":
-        parts = tuple(
-            StoredPart(name, key, Box(tuple(offset), tuple(shape))) for name, key, offset, shape in content["parts"]
-        )
-        return StoredTensor(torch.Size(content["shape"]), _decode_dtype(content["dtype"], item), parts)
     if mark in _CONTAINERS:
         return _CONTAINERS[mark](decode(content, tensors, item=item))
     raise CheckpointError(
@@ -150,11 +144,3 @@ def _decode_dtype(name: str, item: str) -> torch.dtype:
             f"Read it with the version that wrote it."
         )
     return dtype
-
-
-def _encode_parts(stored: StoredTensor) -> dict[str, Any]:
-    return {
-        "shape": list(stored.shape),
-        "dtype": str(stored.dtype).removeprefix("torch."),
-        "parts": [[part.item, part.key, list(part.box.offset), list(part.box.shape)] for part in stored.parts],
-    }

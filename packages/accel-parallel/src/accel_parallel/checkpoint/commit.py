@@ -2,119 +2,245 @@
 
 Order of events, the reason that it is safe:
 
-1. The main process makes ``.<name>.tmp-...`` beside the final folder. Nobody reads such names.
-2. Every rank writes its items there and flushes each file to the disk.
-3. The main process learns of every rank's files or failure. On a failure it removes the temporary folder, and every
+1. Every rank takes its items apart; where one cannot, all raise, and nothing was written.
+2. The main process makes ``.<name>.tmp-...`` beside the final folder. Nobody reads such names.
+3. Every rank writes its files there and flushes each to the disk.
+4. The main process learns of every rank's files or failure. On a failure it removes the temporary folder, and every
    rank raises the same error; what was saved before is untouched.
-4. It writes the manifest, flushes it and the folder, and renames the folder to its final name: the commit.
-5. It flushes the parent folder, and all ranks meet. Only then may older checkpoints be removed.
-
-A folder with contents cannot be replaced by one rename everywhere. So where a checkpoint of that name is there, it
-first steps aside as ``.<name>.previous``; between the two renames it waits there, complete, for `recover`.
+5. It writes the manifest, flushes it and the folder, and renames the folder to its final name: the commit.
+6. It flushes the parent folder, and all ranks meet. Only then may older checkpoints be removed.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import re
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
-from accel_parallel.checkpoint.layout import discard, previous_path, recover, remove_tree
-from accel_parallel.checkpoint.manifest import MANIFEST_NAME, FileRecord, ItemRecord, Manifest
-from accel_parallel.checkpoint.store import Item, sync_to_disk, write_item
+from accel_parallel.checkpoint.folder import Folder
+from accel_parallel.checkpoint.item import Item
+from accel_parallel.checkpoint.manifest import FileRecord, ItemRecord, Manifest
+from accel_parallel.checkpoint.outgoing import Outgoing, OutgoingFile
+from accel_parallel.checkpoint.staging import Staging, staging_of
+from accel_parallel.checkpoint.store import NUM_THREADS
 from accel_state.collectives import broadcast_object_list, gather_object
 from accel_state.errors import CheckpointError
 from accel_state.process import Process
+from accel_state.topology import AXES
 
-__all__ = ["save_checkpoint"]
+__all__ = ["About", "agree", "begin", "on_main", "prepare", "save_checkpoint", "write_checkpoint"]
 
 _LIBRARIES = ("accel", "accel-state", "accel-parallel", "torch", "safetensors")
-_Written = tuple[dict[str, ItemRecord], dict[str, FileRecord]]
-_Answer = tuple[int, _Written, str | None]
+_Path = TypeVar("_Path", str, Path)
+Written = tuple[dict[str, ItemRecord], dict[str, FileRecord]]
 
-_FAILURES = (OSError, CheckpointError, RuntimeError, TypeError, ValueError, MemoryError)
+FAILURES = (OSError, CheckpointError, RuntimeError, TypeError, ValueError, MemoryError)
 """What writing may raise, devices and odd states included. A rank that left with any of these instead of reporting it
 would keep its peers waiting."""
 
 
-def save_checkpoint(final: Path, items: Sequence[Item], *, process: Process, step: int, strategy: str) -> Path:
-    """Write a checkpoint. Every rank must call this, each with the items that it owns.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """What the manifest says besides files."""
+
+    step: int
+    """Optimizer steps taken."""
+    strategy: str
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    world_size: int = 1
+
+    @classmethod
+    def run(cls, process: Process, *, step: int, strategy: str) -> About:
+        """Of the run that `process` is one of."""
+        topology = process.topology
+        mesh: dict[str, int] = {axis: topology.shape.size_of(axis) for axis in AXES if topology.shape.size_of(axis) > 1}
+        return cls(step=step, strategy=strategy, mesh=mesh, world_size=topology.world_size)
+
+    def manifest(self, items: Mapping[str, ItemRecord], files: Mapping[str, FileRecord]) -> Manifest:
+        """The manifest of a checkpoint with these contents."""
+        return Manifest(
+            step=self.step,
+            world_size=self.world_size,
+            strategy=self.strategy,
+            mesh=self.mesh,
+            libraries=_versions(),
+            items=items,
+            files=files,
+        )
+
+
+def save_checkpoint(
+    final: _Path,
+    items: Sequence[Item],
+    *,
+    process: Process,
+    step: int,
+    strategy: str,
+    sync: bool = True,
+    spread: bool = True,
+) -> _Path:
+    """Write a checkpoint. Every rank must call this, each with the items that it owns or shares.
 
     Args:
         final: folder to end up in; a complete checkpoint there is replaced once the new one is complete.
-        items: this rank's items. Names are unique over all ranks.
+        items: this rank's items. Names are unique over all ranks, but for shared items, which all ranks give.
         process: the open process.
         step: optimizer steps taken, for the manifest.
         strategy: name of the strategy, for the manifest.
+        sync: whether files are flushed to the disk. Without it a crash of the machine, never one of the process, may
+            leave a checkpoint whose files are empty or old; its checksums tell.
+        spread: whether divided tensors are written by all ranks, or by the main process alone.
+
+    Returns:
+        The folder.
 
     Raises:
         CheckpointError: on every rank, if any could not write; the error names the rank and the reason.
     """
-    if final.is_symlink():
-        final = final.resolve()  # what the link names is replaced, on the disk where it lies, and the link stays
-    temporary = Path(_on_main(process, lambda: str(_begin(final))))
-    try:
-        answers: list[_Answer] = gather_object([(process.topology.rank, *_write(temporary, items))], process=process)
-        _raise_failures(answers, temporary, final, process)
-        _on_main(process, lambda: _finish(temporary, final, _merge(answers), process, step, strategy))
-    finally:
-        if process.topology.is_main:  # interrupted, or a peer died; after the commit there is no such folder
-            remove_tree(temporary)
+    staging = staging_of(final)
+    outgoing = prepare(items, spread=spread, staging=staging, process=process)
+    with begin(staging, process) as token:
+        records, files = outgoing.files(process)
+        written, problem = _write(staging.folder(token), files, sync=sync)
+        answers = agree((records, written), problem, staging, process)
+        about = About.run(process, step=step, strategy=strategy)
+        on_main(
+            process, lambda: staging.publish(token, about.manifest(*_merge(answers)).to_json(), sync=sync), "commit"
+        )
     return final
 
 
-def _raise_failures(answers: Sequence[_Answer], temporary: Path, final: Path, process: Process) -> None:
-    failures = [f"rank {rank}: {error}" for rank, _, error in answers if error is not None]
-    if not failures:
-        return
-    if process.topology.is_main:
-        remove_tree(temporary)
-    process.barrier()
-    raise CheckpointError(
-        f"The checkpoint `{final}` could not be written ({'; '.join(failures)}), and nothing of it was kept; earlier "
-        f"ones are untouched. Correct what is named there, or choose another folder, then save again."
-    )
+def write_checkpoint(
+    final: _Path,
+    items: Iterable[Item],
+    *,
+    about: About,
+    sync: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> _Path:
+    """Write a checkpoint from one process that is no run, such as one that converts another.
+
+    Tensors may be `StoredTensor`; they are read one at a time.
+
+    Args:
+        final: folder to end up in; a complete checkpoint there is replaced once the new one is complete.
+        items: what it is to hold, one after the other.
+        about: for the manifest.
+        sync: whether files are flushed to the disk.
+        progress: called with the bytes of each file once it is written.
+
+    Raises:
+        CheckpointError: for a value that cannot be stored, or a folder that is something else.
+        OSError: whatever the disk says; nothing is left then.
+    """
+    staging = staging_of(final)
+    token = staging.begin(os.getpid())
+    try:
+        records: dict[str, ItemRecord] = {}
+        files: dict[str, FileRecord] = {}
+        for item in items:
+            if item.name in records:
+                raise CheckpointError(f"Two items are called `{item.name}`. Give each item a name of its own.")
+            found, outgoing = Outgoing([item]).alone()
+            records.update(found)
+            for file in outgoing:
+                files[file.name] = staging.folder(token).write(file.name, file.chunks(), sync=sync)
+                if progress is not None:
+                    progress(files[file.name].size_bytes)
+        staging.publish(token, about.manifest(records, files).to_json(), sync=sync)
+    finally:
+        staging.abandon(token)
+    return final
 
 
-def _on_main(process: Process, action: Callable[[], object]) -> str:
+def prepare(items: Sequence[Item], *, spread: bool, staging: Staging, process: Process) -> Outgoing:
+    """Every rank must call this. Take items apart, or raise on every rank where one of them cannot.
+
+    Raises:
+        CheckpointError: on every rank, naming the rank and the value.
+    """
+    outgoing, problem = None, None
+    try:
+        outgoing = Outgoing(items, spread=spread)
+    except FAILURES as error:
+        problem = _said(error)
+    _raise_failures(gather_object([(process.topology.rank, problem)], process=process), staging)
+    assert outgoing is not None
+    return outgoing
+
+
+@contextmanager
+def begin(staging: Staging, process: Process, *, pid: int | None = None) -> Iterator[str]:
+    """Every rank must call this. Room for a checkpoint, which goes again unless it was published inside."""
+    token = on_main(process, lambda: staging.begin(pid or os.getpid()), "begin")
+    try:
+        yield token
+    finally:
+        if process.topology.is_main:  # a failure, an interrupt, or a peer that died
+            staging.abandon(token)
+
+
+def agree(written: Written, problem: str | None, staging: Staging, process: Process) -> list[tuple[int, Written]]:
+    """Every rank must call this. What each of them wrote.
+
+    Raises:
+        CheckpointError: on every rank, if any could not; nothing was committed.
+    """
+    answers = gather_object([(process.topology.rank, written, problem)], process=process)
+    _raise_failures([(rank, problem) for rank, _, problem in answers], staging)
+    return [(rank, written) for rank, written, _ in answers]
+
+
+def on_main(process: Process, action: Callable[[], object], what: str) -> str:
     """Run on the main process, and let every rank know how it ended. Every rank must call this."""
     outcome: list[tuple[str, str | None]] = [("", None)]
     if process.topology.is_main:
         try:
             outcome = [(str(action()), None)]
-        except _FAILURES as error:
-            outcome = [("", f"{type(error).__name__}: {error}")]
+        except FAILURES as error:
+            outcome = [("", _said(error))]
     answer, failure = broadcast_object_list(outcome, process=process)[0]
     if failure is not None:
         raise CheckpointError(
-            f"The main process could not commit the checkpoint ({failure}); earlier ones are untouched. "
+            f"The main process could not {what} the checkpoint ({failure}); earlier ones are untouched. "
             f"Correct that, or choose another folder, then save again."
         )
     return str(answer)
 
 
-def _write(temporary: Path, items: Sequence[Item]) -> tuple[_Written, str | None]:
-    records: dict[str, ItemRecord] = {}
-    files: dict[str, FileRecord] = {}
-    try:
-        for item in items:
-            if item.name in records:
-                raise CheckpointError(f"Two items are called `{item.name}`. Give each item a name of its own.")
-            records[item.name], written = write_item(temporary, item)
-            files.update(written)
-    except _FAILURES as error:
-        return ({}, {}), f"{type(error).__name__}: {error}"
-    return (records, files), None
+def _write(folder: Folder, files: Iterator[OutgoingFile], *, sync: bool) -> tuple[dict[str, FileRecord], str | None]:
+    """Write several files at once. Runs through all of them whatever happens, since other ranks wait in between."""
+    records: dict[str, FileRecord] = {}
+    problem: str | None = None
+    running: list[tuple[str, Future[FileRecord]]] = []
+
+    def finish(most: int) -> None:
+        nonlocal problem
+        while len(running) > most:
+            name, future = running.pop(0)
+            try:
+                records[name] = future.result()
+            except FAILURES as error:
+                problem = problem or _said(error)
+
+    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="checkpoint") as pool:
+        for file in files:
+            if problem is None:
+                running.append((file.name, pool.submit(folder.write, file.name, file.chunks(), sync=sync)))
+                finish(NUM_THREADS)
+        finish(0)
+    return records, problem
 
 
-def _merge(answers: Sequence[_Answer]) -> _Written:
+def _merge(answers: Sequence[tuple[int, Written]]) -> Written:
     items: dict[str, ItemRecord] = {}
     files: dict[str, FileRecord] = {}
-    for rank, (records, written), _ in answers:
+    for rank, (records, written) in answers:
         twice = sorted(items.keys() & records.keys())
         if twice:
             raise CheckpointError(
@@ -125,78 +251,17 @@ def _merge(answers: Sequence[_Answer]) -> _Written:
     return items, files
 
 
-def _begin(final: Path) -> Path:
-    if final.exists() and not (final / MANIFEST_NAME).is_file() and (not final.is_dir() or any(final.iterdir())):
+def _raise_failures(found: Iterable[tuple[int, str | None]], staging: Staging) -> None:
+    failures = [f"rank {rank}: {problem}" for rank, problem in found if problem is not None]
+    if failures:
         raise CheckpointError(
-            f"`{final}` exists and is no checkpoint, and writing one there would destroy it. Name another folder."
+            f"The checkpoint `{staging.location}` could not be written ({'; '.join(failures)}), and nothing of it was "
+            f"kept; earlier ones are untouched. Correct what is named there, or choose another folder, then save again."
         )
-    final.parent.mkdir(parents=True, exist_ok=True)
-    recover(final)
-    _remove_leftovers(final)
-    temporary = final.with_name(f".{final.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    return temporary
 
 
-def _finish(temporary: Path, final: Path, written: _Written, process: Process, step: int, strategy: str) -> None:
-    items, files = written
-    manifest = Manifest(
-        step=step,
-        world_size=process.topology.world_size,
-        strategy=strategy,
-        libraries=_versions(),
-        items=items,
-        files=files,
-    )
-    (temporary / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    sync_to_disk(temporary / MANIFEST_NAME)
-    sync_to_disk(temporary)
-    _publish(temporary, final)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Let the new checkpoint take its name, for good. Only afterwards the one that it replaces may go."""
-    if not (final / MANIFEST_NAME).is_file():
-        temporary.rename(final)  # nothing is there, or an empty folder
-        sync_to_disk(final.parent)
-        return
-    previous = previous_path(final)
-    final.rename(previous)
-    try:
-        temporary.rename(final)
-    finally:
-        if not final.exists():  # refused or interrupted
-            previous.rename(final)
-    sync_to_disk(final.parent)
-    discard(previous)
-
-
-def _remove_leftovers(final: Path) -> None:
-    """Remove temporary folders of processes of this host that are gone, and half-removed checkpoints."""
-    for path in final.parent.glob(".*.tmp-*"):
-        match = re.fullmatch(r"\..*\.tmp-(.+)-([0-9]+)-[0-9a-f]{8}", path.name)
-        if match and match[1] == _host() and not _lives(int(match[2])):
-            remove_tree(path)
-    for path in final.parent.glob(".checkpoint_*.removed"):
-        remove_tree(path)
-    remove_tree(final.with_name(f".{final.name}.previous.removed"))
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _host() -> str:
-    """This host, and this container where it numbers its processes apart: elsewhere a number says nothing."""
-    namespace = Path("/proc/self/ns/pid")
-    apart = f"-{namespace.stat().st_ino}" if namespace.exists() else ""
-    return f"{platform.node() or 'localhost'}{apart}"
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _versions() -> Mapping[str, str]:

@@ -6,27 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from accel_state.errors import CheckpointError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "ItemRecord", "Manifest", "checksum"]
+if TYPE_CHECKING:
+    from accel_parallel.checkpoint.folder import File, Folder
+
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "ItemRecord", "Manifest"]
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
-_CHUNK_BYTES = 1 << 22
+FORMAT_VERSION = 2
 _SEAL = "xxh3_128"
-
-
-def checksum(path: Path) -> str:
-    """XXH3-128 of a file's bytes, as hexadecimal (https://github.com/Cyan4973/xxHash): finds damage, not malice."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _seal(data: Mapping[str, Any]) -> str:
@@ -41,6 +34,7 @@ class FileRecord:
 
     size_bytes: int
     xxh3_128: str
+    """XXH3-128 of its bytes, as hexadecimal (https://github.com/Cyan4973/xxHash): finds damage, not malice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +57,8 @@ class Manifest:
     """Optimizer steps taken when it was written."""
     world_size: int
     strategy: str
+    mesh: Mapping[str, int]
+    """Processes along each axis of parallelism that had more than one. For information: any other mesh reads it."""
     libraries: Mapping[str, str]
     """Versions it was written with."""
     items: Mapping[str, ItemRecord]
@@ -75,29 +71,34 @@ class Manifest:
         return json.dumps({**data, _SEAL: _seal(data)}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Folder) -> Manifest:
         """Read the manifest of a checkpoint.
 
         Raises:
             CheckpointError: if there is none, or it is damaged, newer, or names files outside its folder.
         """
-        path = folder / MANIFEST_NAME
+        path = f"{folder.location}/{MANIFEST_NAME}"
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            file = folder.open(MANIFEST_NAME)
+            data = json.loads(bytes(file.view(0, file.size_bytes)).decode("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(
-                f"`{folder}` holds no `{MANIFEST_NAME}`, so it is no complete checkpoint: a save ends by writing "
-                "that file. "
-                f"Name another folder, or call `load_state()` without one for the latest complete checkpoint."
+                f"`{folder.location}` holds no `{MANIFEST_NAME}`, so it is no complete checkpoint: a save ends by "
+                f"writing that file. Name another folder, or call `load_state()` without one for the latest complete "
+                f"checkpoint."
             ) from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(
                 f"`{path}` is damaged ({error}), so what the checkpoint holds is not known. Load another checkpoint."
             ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"`{path}` could not be read ({error}). Make it readable, or load another checkpoint."
+            ) from error
         return cls._from_data(data, path)
 
     @classmethod
-    def _from_data(cls, data: Any, path: Path) -> Manifest:
+    def _from_data(cls, data: Any, path: str) -> Manifest:
         if not isinstance(data, dict) or data.get("format") != "accel-checkpoint":
             raise CheckpointError(f"`{path}` is not a checkpoint's manifest. Name the folder of a checkpoint.")
         if data.get("version") != FORMAT_VERSION:
@@ -115,6 +116,7 @@ class Manifest:
                 step=data["step"],
                 world_size=data["world_size"],
                 strategy=data["strategy"],
+                mesh=data["mesh"],
                 libraries=data["libraries"],
                 items={
                     name: ItemRecord(item["kind"], tuple(item["files"]), item["aliases"])
@@ -129,7 +131,7 @@ class Manifest:
         manifest._refuse_foreign_paths(path)
         return manifest
 
-    def _refuse_foreign_paths(self, path: Path) -> None:
+    def _refuse_foreign_paths(self, path: str) -> None:
         for name in self.files:
             if Path(name).name != name or name in ("", ".", ".."):
                 raise CheckpointError(
@@ -143,23 +145,34 @@ class Manifest:
                         f"`{path}` gives `{item}` the file `{name}` and does not list it. Load another checkpoint."
                     )
 
-    def verify(self, folder: Path, item: str) -> None:
-        """Compare the files of one item with what was written.
+    def verify(self, folder: Folder, name: str) -> None:
+        """Compare a file with what was written.
 
         Raises:
-            CheckpointError: naming the item and the file that is missing, cut short or changed.
+            CheckpointError: naming the file and its item, if it is missing, cut short, changed or unreadable.
         """
-        for name in self.items[item].files:
-            path, record = folder / name, self.files[name]
-            if not path.is_file() or path.is_symlink():
-                problem = "is missing" if not path.exists() else "is not a plain file"
-            elif path.stat().st_size != record.size_bytes:
-                problem = f"has {path.stat().st_size} bytes instead of {record.size_bytes}"
-            elif checksum(path) != record.xxh3_128:
+        record = self.files[name]
+        try:
+            file = folder.open(name)
+            if file.size_bytes != record.size_bytes:
+                problem = f"has {file.size_bytes} bytes instead of {record.size_bytes}"
+            elif _checksum(file) != record.xxh3_128:
                 problem = "has changed since it was written: its checksum differs"
             else:
-                continue
-            raise CheckpointError(
-                f"`{name}` of `{item}` in `{folder}` {problem}, so `{item}` cannot be restored. Load another "
-                "checkpoint."
-            )
+                return
+        except FileNotFoundError:
+            problem = "is missing"
+        except OSError as error:
+            problem = f"cannot be read as a plain file ({error.strerror or error})"
+        owners = " and ".join(f"`{item}`" for item, each in self.items.items() if name in each.files)
+        raise CheckpointError(
+            f"`{name}` of {owners} in `{folder.location}` {problem}, so that cannot be restored. Load another "
+            f"checkpoint."
+        )
+
+
+def _checksum(file: File) -> str:
+    digest = xxhash.xxh3_128()
+    for chunk in file.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()

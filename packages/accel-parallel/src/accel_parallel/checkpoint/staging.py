@@ -1,0 +1,137 @@
+"""How a new checkpoint takes its name in a file system: a temporary folder, one rename.
+
+A folder with contents cannot be replaced by one rename everywhere. So where a checkpoint of that name is there, it
+first steps aside as ``.<name>.previous``; between the two renames it waits there, complete, for `recover`.
+
+Imports no torch: the process that writes in the background has none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import secrets
+from pathlib import Path
+from typing import Protocol
+
+from accel_parallel.checkpoint.folder import Folder, LocalFolder, sync_to_disk
+from accel_parallel.checkpoint.layout import discard, previous_path, recover, remove_tree
+from accel_parallel.checkpoint.manifest import MANIFEST_NAME
+from accel_state.errors import CheckpointError
+
+__all__ = ["LocalStaging", "Staging", "staging_of"]
+
+
+class Staging(Protocol):
+    """Where a new checkpoint gathers until it takes its name."""
+
+    @property
+    def location(self) -> str:
+        """What it will be called."""
+
+    def begin(self, pid: int) -> str:
+        """Main process only. Make room, for as long as process `pid` lives; returns what the others find it by.
+
+        Raises:
+            CheckpointError: if something is there that is no checkpoint.
+            OSError: whatever the disk says.
+        """
+
+    def folder(self, token: str) -> Folder:
+        """Where every rank writes its files."""
+
+    def publish(self, token: str, manifest: str, *, sync: bool) -> None:
+        """Main process only. Write the manifest and let the checkpoint take its name; what it replaces goes then."""
+
+    def abandon(self, token: str) -> None:
+        """Main process only. Remove what was written, as far as possible; does nothing after `publish`."""
+
+
+def staging_of(final: str | Path) -> Staging:
+    """Where a checkpoint of that name gathers."""
+    return LocalStaging(Path(final))
+
+
+class LocalStaging:
+    """Beside the final folder, under a name that nobody reads."""
+
+    def __init__(self, final: Path) -> None:
+        # What a link names is replaced, on the disk where it lies, and the link stays.
+        self.final = final.resolve() if final.is_symlink() else final
+
+    @property
+    def location(self) -> str:
+        return str(self.final)
+
+    def begin(self, pid: int) -> str:
+        final = self.final
+        if final.exists() and not (final / MANIFEST_NAME).is_file() and (not final.is_dir() or any(final.iterdir())):
+            raise CheckpointError(
+                f"`{final}` exists and is no checkpoint, and writing one there would destroy it. Name another folder."
+            )
+        final.parent.mkdir(parents=True, exist_ok=True)
+        recover(final)
+        _remove_leftovers(final)
+        temporary = final.with_name(f".{final.name}.tmp-{_host()}-{pid}-{secrets.token_hex(4)}")
+        temporary.mkdir()
+        return str(temporary)
+
+    def folder(self, token: str) -> Folder:
+        return LocalFolder(token)
+
+    def publish(self, token: str, manifest: str, *, sync: bool) -> None:
+        LocalFolder(token).write(MANIFEST_NAME, [manifest.encode()], sync=sync)
+        if sync:
+            sync_to_disk(Path(token))
+        _take_name(Path(token), self.final, sync=sync)
+
+    def abandon(self, token: str) -> None:
+        remove_tree(Path(token))
+
+
+def _take_name(temporary: Path, final: Path, *, sync: bool) -> None:
+    """Let the new checkpoint take its name, for good. Only afterwards the one that it replaces may go."""
+    if not (final / MANIFEST_NAME).is_file():
+        temporary.rename(final)  # nothing is there, or an empty folder
+        if sync:
+            sync_to_disk(final.parent)
+        return
+    previous = previous_path(final)
+    final.rename(previous)
+    try:
+        temporary.rename(final)
+    finally:
+        if not final.exists():  # refused or interrupted
+            previous.rename(final)
+    if sync:
+        sync_to_disk(final.parent)
+    discard(previous)
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove temporary folders of processes of this host that are gone, and half-removed checkpoints."""
+    for path in final.parent.glob(".*.tmp-*"):
+        match = re.fullmatch(r"\..*\.tmp-(.+)-([0-9]+)-[0-9a-f]{8}", path.name)
+        if match and match[1] == _host() and not _lives(int(match[2])):
+            remove_tree(path)
+    for path in final.parent.glob(".checkpoint_*.removed"):
+        remove_tree(path)
+    remove_tree(final.with_name(f".{final.name}.previous.removed"))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _host() -> str:
+    """This host, and this container where it numbers its processes apart: elsewhere a number says nothing."""
+    namespace = Path("/proc/self/ns/pid")
+    apart = f"-{namespace.stat().st_ino}" if namespace.exists() else ""
+    return f"{platform.node() or 'localhost'}{apart}"
