@@ -172,6 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.kills < 1:
         parser.error(f"--kills {options.kills}: at least one is needed to show anything")
+    if options.within_s <= 0:
+        parser.error(f"--within-s {options.within_s:g}: nothing would have been trained before a kill")
+    if options.save_every < 1:
+        parser.error(f"--save-every {options.save_every}: nothing could be resumed without checkpoints")
     if options.folder is not None and options.folder.exists() and any(options.folder.iterdir()):
         parser.error(f"--folder {options.folder}: it holds something, which runs would go on from; name a new one")
     folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
@@ -208,7 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kills", type=int, default=200, help="how often it is killed (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of what is killed, and when (default 0)")
-    parser.add_argument("--num-processes", type=int, default=2, help="of each run (default 2)")
+    parser.add_argument(
+        "--num-processes", type=int, default=2,
+        help="of each run (default 2); the sum of three numbers depends on their order, which DDP may change after the "
+        "first step of a process, so with more of them a loss may rightly differ in its last digits",
+    )  # fmt: skip
     parser.add_argument(
         "--within-s", type=float, default=2.0, help="latest moment of a kill, from the start of training (default 2)"
     )

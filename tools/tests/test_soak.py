@@ -175,7 +175,7 @@ def test_a_launcher_that_says_all_is_well_after_a_kill(tmp_path: Path, kind_of_k
             run.wait_until_gone()
 
 
-@pytest.mark.parametrize("words", [["--kills", "0"], ["--folder", "."]])
+@pytest.mark.parametrize("words", [["--kills", "0"], ["--within-s", "0"], ["--save-every", "0"], ["--folder", "."]])
 def test_a_command_line_that_cannot_work(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
