@@ -18,6 +18,7 @@ import torch
 
 from accel_parallel.checkpoint import Checkpoint, Item, latest_checkpoint, next_number, numbered_path, save_checkpoint
 from accel_parallel.checkpoint import commit as commit_module
+from accel_parallel.checkpoint import manifest as manifest_module
 from accel_parallel.checkpoint import staging as staging_module
 from accel_parallel.checkpoint.folder import sync_to_disk
 from accel_parallel.checkpoint.layout import previous_path, recover
@@ -413,8 +414,8 @@ def test_a_name_that_cannot_be_taken_gives_the_old_one_back(tmp_path: Path) -> N
 
 
 def test_versions_of_what_is_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commit_module, "_LIBRARIES", ("torch", "no-such-distribution"))
-    assert list(commit_module._versions()) == ["torch"]
+    monkeypatch.setattr(manifest_module, "_LIBRARIES", ("torch", "no-such-distribution"))
+    assert list(manifest_module._versions()) == ["torch"]
 
 
 def test_flushing_something_that_is_not_there_fails(tmp_path: Path) -> None:

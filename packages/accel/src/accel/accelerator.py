@@ -14,18 +14,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from accel.engine import Engine, refuse_inside, refuse_saving
-from accel.exporting import names_of_ties, on_main, save_weights, size_in_bytes
+from accel.checkpoint_view import CheckpointView
+from accel.engine import Engine
 from accel.handlers import KwargsHandler, by_type
 from accel.kinds import kind_of
 from accel.loops import Loops
 from accel.metrics import current_batch, gather_for_metrics
 from accel.planning import as_request, settle
-from accel.process_view import ProcessView
 from accel.project import ProjectConfiguration, settled
 from accel.resolve import open_process
 from accel.run_state import RunState
-from accel.saving import LoadHook, SaveHook, Saving
+from accel.saving import Saving
 from accel.spreading import asked_for, dynamo_plugin_of, make_strategy, mesh_shape
 from accel.tracking import Tracking
 from accel.uneven import join_uneven_inputs
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["Accelerator"]
 
 
-class Accelerator(ProcessView):
+class Accelerator(CheckpointView):
     """Runs a training loop on whatever it was launched on.
 
     ::
@@ -450,74 +449,6 @@ class Accelerator(ProcessView):
             tree, info=current_batch(self._loops), process=process, use_gather_object=use_gather_object
         )
 
-    # Checkpoints
-
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Save and restore these too; each has ``state_dict`` and ``load_state_dict``.
-
-        The main process's state is saved, and restored on every rank: keep these objects alike on all.
-        """
-        self._saving.register(objects)
-
-    def register_save_state_pre_hook(self, hook: SaveHook) -> None:
-        """Call ``hook(models, weights, folder)`` before each save; it may change the weights in place.
-
-        Weights that are saved in parts, as by FSDP unless ``FULL_STATE_DICT``, say only where these lie.
-        """
-        self._saving.save_hooks.append(hook)
-
-    def register_load_state_pre_hook(self, hook: LoadHook) -> None:
-        """Call ``hook(models, folder)`` before each restore."""
-        self._saving.load_hooks.append(hook)
-
-    def save_state(self, output_dir: str | Path | None = None) -> Path:
-        """Write a checkpoint of all that is prepared and registered. Every rank must call this.
-
-        It appears complete or not at all, whatever happens meanwhile. Inside an unfinished accumulation window, the
-        loader's place is saved as of the window's start, for gradients are not saved.
-
-        Args:
-            output_dir: folder; by default the next ``<project_dir>/checkpoints/checkpoint_<n>``.
-
-        Raises:
-            CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
-        """
-        self._together("save_state")
-        refuse_saving(self._engine)
-        return self._saving.save(output_dir)
-
-    def load_state(self, input_dir: str | Path | None = None) -> Path | None:
-        """Restore everything from a checkpoint, strictly. Every rank must call this, after `prepare`.
-
-        Args:
-            input_dir: folder; by default the latest complete checkpoint of the project.
-
-        Returns:
-            The folder restored from, or ``None`` where none was asked for and nothing was saved yet.
-
-        Raises:
-            CheckpointError: naming what is missing, extra, damaged or of another shape; nothing is changed then,
-                unless the mismatch shows only when an object takes its state.
-        """
-        self._together("load_state")
-        return self._saving.load(input_dir)
-
-    def save_model(self, model: nn.Module, save_directory: str | Path, max_shard_size: int | str = "10GB") -> None:
-        """Write a model's weights as safetensors that ``from_pretrained``-like readers take. Every rank must call this.
-
-        Args:
-            model: what `prepare` returned. A sharded one is gathered tensor by tensor on the main process.
-            save_directory: folder, made if missing. Weights that lie there already are replaced.
-            max_shard_size: of one file, in bytes or such as ``"5GB"``; more is written as several with an index.
-
-        Raises:
-            CheckpointError: on every rank, if it could not be written.
-        """
-        limit, folder = size_in_bytes(max_shard_size), Path(save_directory)
-        state, ties = self.strategy.full_state(model, everywhere=False), names_of_ties(self.strategy.unwrap(model))
-        write = partial(save_weights, state, folder, max_shard_size=limit, ties=ties)
-        on_main(write, process=self.process, what=f"`{folder}`")
-
     @property
     def project_dir(self) -> Path | None:
         """Root of everything that the run writes."""
@@ -543,6 +474,8 @@ class Accelerator(ProcessView):
     def end_training(self) -> None:
         """Finish the trackers and leave the world. Every rank must call this."""
         self._together("end_training")
+        self._saving.close()
+        self._release_signals()
         self._tracking.finish()
         self.process.barrier()
         self.process.close()
@@ -552,6 +485,7 @@ class Accelerator(ProcessView):
 
         Returns one ``None`` an object: ``model, optimizer = accelerator.free_memory(model, optimizer)``.
         """
+        self._saving.close()
         self._engine.forget()
         for loader in self._loaders:
             loader.close()
@@ -559,10 +493,6 @@ class Accelerator(ProcessView):
         return release_memory(*objects)
 
     clear = free_memory
-
-    def _together(self, what: str) -> Process:
-        refuse_inside(self._engine, what)
-        return self.process
 
     def _follow_plan(self, request: AutoParallelism, given: Mapping[str, list[Any]]) -> None:
         self.plan = settle(

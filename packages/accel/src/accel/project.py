@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accel_state.config import RunConfig
@@ -26,6 +26,9 @@ class ProjectConfiguration:
     complete. ``None`` keeps all."""
     iteration: int | None = None
     """Number of the first automatically named checkpoint; by default one more than any that is there."""
+    sync_to_disk: bool = True
+    """Whether a save flushes its files to the disk before they count. Without it saving is faster, and a crash of the
+    machine, never one of the process, may leave the latest checkpoint damaged, which loading it tells."""
 
     def __post_init__(self) -> None:
         for name, least in (("total_limit", 1), ("iteration", 0)):
@@ -68,10 +71,4 @@ def settled(given: ProjectConfiguration | None, config: RunConfig) -> ProjectCon
             f"`project_dir={config.project_dir!r}` ({config.source('project_dir')}) and a `project_config` with "
             f"`project_dir={str(given.project_dir)!r}` name two folders. Give one of them."
         )
-    return ProjectConfiguration(
-        project_dir=config.project_dir,
-        logging_dir=given.logging_dir,
-        automatic_checkpoint_naming=given.automatic_checkpoint_naming,
-        total_limit=given.total_limit,
-        iteration=given.iteration,
-    )
+    return replace(given, project_dir=config.project_dir)

@@ -40,6 +40,7 @@ class Saving:
         self.custom: list[Stateful] = []
         self.save_hooks: list[SaveHook] = []
         self.load_hooks: list[LoadHook] = []
+        self._background = files.BackgroundSaver(process)
         self._resumed_from: Path | None = None
         self._num_named = 0
         """Automatically named checkpoints that this run has written."""
@@ -59,24 +60,76 @@ class Saving:
             )
         self.custom += objects
 
-    def save(self, output_dir: str | Path | None) -> Path:
+    def save(self, output_dir: str | Path | None, if_busy: str) -> Path:
         """Write a checkpoint. Every rank must call this. Returns its folder."""
+        if if_busy != "wait":
+            raise ConfigError(
+                f"`if_busy={if_busy!r}` was given to a save that blocks, which is what was asked for and is written. "
+                f"Add `blocking=False`, or leave it out."
+            )
+        self.settle()
         final = self._save_path(output_dir)
+        files.save_checkpoint(final, self._contents(final), process=self.process, **self._about())
+        self._prune(automatic=output_dir is None)
+        return final
+
+    def begin_save(self, output_dir: str | Path | None, if_busy: str) -> files.PendingSave:
+        """Copy everything, and write it in the background. Every rank must call this.
+
+        Raises:
+            ConfigError: for another `if_busy`.
+        """
+        if if_busy not in ("wait", "skip"):
+            raise ConfigError(
+                f"`if_busy={if_busy!r}` is no way to treat a save that is still going on. Give 'wait', which waits for "
+                f"it and then saves, or 'skip', which leaves this one out."
+            )
+        if if_busy == "skip" and self._background.is_busy and self._background.pending is not None:
+            return self._background.pending
+        self.settle()
+        final = self._save_path(output_dir)
+        prune = self._pruning() if output_dir is None else None
+        pending = self._background.save(final, self._contents(final), prune=prune, **self._about())
+        self._num_named += output_dir is None
+        return pending
+
+    def settle(self) -> None:
+        """Wait for a save in the background. Every rank must call this.
+
+        Raises:
+            CheckpointError: on every rank, if it failed; once.
+        """
+        self._background.settle()
+
+    def close(self) -> None:
+        """Wait for a save in the background, and give its memory back. Every rank must call this."""
+        try:
+            self.settle()
+        finally:
+            self._background.close()
+
+    def _contents(self, final: Path) -> list[files.Item]:
         items = self._items()
         for hook in self.save_hooks:
             hook(list(self.engine.models), [item.state for item in items if item.kind == "model"], str(final))
-        step = max((optimizer.steps_taken for optimizer in self.engine.optimizers), default=0)
+        return [*items, files.Item(f"rng_{self.process.topology.rank}", "rng", rng_state(self.process.kind))]
+
+    def _about(self) -> dict[str, Any]:
         strategy = self.engine.strategy
-        files.save_checkpoint(
-            final,
-            [*items, files.Item(f"rng_{self.process.topology.rank}", "rng", rng_state(self.process.kind))],
-            process=self.process,
-            step=step,
-            strategy=strategy.name,
-            spread=strategy.state_layout != "full",
-        )
-        self._prune(automatic=output_dir is None)
-        return final
+        return {
+            "step": max((optimizer.steps_taken for optimizer in self.engine.optimizers), default=0),
+            "strategy": strategy.name,
+            "sync": self.project.sync_to_disk,
+            "spread": strategy.state_layout != "full",
+        }
+
+    def _pruning(self) -> dict[str, Any] | None:
+        """What a save in the background may remove once it is complete."""
+        folder, limit = self.project.checkpoints_dir, self.project.total_limit
+        if limit is None or folder is None:
+            return None
+        keep = [] if self._resumed_from is None else [str(self._resumed_from)]
+        return {"folder": str(folder), "total_limit": limit, "keep": keep}
 
     def load(self, input_dir: str | Path | None) -> Path | None:
         """Restore a checkpoint, the latest by default. Every rank must call this.
@@ -84,6 +137,7 @@ class Saving:
         Returns:
             The folder it came from; ``None`` where none was asked for and nothing was saved yet.
         """
+        self.settle()
         folder = self._load_path(input_dir)
         if folder is None:
             return None
@@ -210,10 +264,9 @@ class Saving:
                 f"also holds {', '.join(extra)}" if extra else "",
             ]
             raise CheckpointError(
-                f"`{checkpoint.folder.location}` {' and '.join(part for part in parts if part)}, so it does not fit what is "
-                "prepared "
-                f"and registered here, and restoring a part would be silently wrong. Prepare and register the same "
-                f"objects, in the same order and precision, as when it was written."
+                f"`{checkpoint.folder.location}` {' and '.join(each for each in parts if each)}, so it does not fit "
+                f"what is prepared and registered here, and restoring a part would be wrong. Prepare and register "
+                f"the same objects, in the same order and precision, as when it was written."
             )
 
     def _read_generators(self, checkpoint: files.Checkpoint) -> dict[str, Any] | None:

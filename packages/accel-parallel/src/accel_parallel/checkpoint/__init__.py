@@ -10,6 +10,8 @@
 `manifest`            what a checkpoint says of itself: items, files, sizes, checksums
 `folder`              where files are
 `staging`             how a new checkpoint takes its name
+`background`          saves that go on while the run trains: a copy of the state (`host_buffer`), and a process
+                      of its own (`writer`)
 `commit`              every rank takes part: all of it, or nothing
 `store`               reading a checkpoint
 `layout`              names of folders, which is the latest, which may go
@@ -24,7 +26,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from accel_parallel.checkpoint.commit import About as About
+    from accel_parallel.checkpoint.background import BackgroundSaver as BackgroundSaver
+    from accel_parallel.checkpoint.background import PendingSave as PendingSave
     from accel_parallel.checkpoint.commit import save_checkpoint as save_checkpoint
     from accel_parallel.checkpoint.commit import write_checkpoint as write_checkpoint
     from accel_parallel.checkpoint.item import Item as Item
@@ -32,12 +35,14 @@ if TYPE_CHECKING:
     from accel_parallel.checkpoint.layout import next_number as next_number
     from accel_parallel.checkpoint.layout import numbered_path as numbered_path
     from accel_parallel.checkpoint.layout import prune as prune
+    from accel_parallel.checkpoint.manifest import About as About
     from accel_parallel.checkpoint.manifest import Manifest as Manifest
     from accel_parallel.checkpoint.store import Checkpoint as Checkpoint
     from accel_parallel.checkpoint.tensor_file import StoredTensor as StoredTensor
 
 _HOME = {
-    "About": "commit",
+    "BackgroundSaver": "background",
+    "PendingSave": "background",
     "save_checkpoint": "commit",
     "write_checkpoint": "commit",
     "Item": "item",
@@ -45,6 +50,7 @@ _HOME = {
     "next_number": "layout",
     "numbered_path": "layout",
     "prune": "layout",
+    "About": "manifest",
     "Manifest": "manifest",
     "Checkpoint": "store",
     "StoredTensor": "tensor_file",

@@ -14,64 +14,26 @@ Order of events, the reason that it is safe:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
 from accel_parallel.checkpoint.folder import Folder
 from accel_parallel.checkpoint.item import Item
-from accel_parallel.checkpoint.manifest import FileRecord, ItemRecord, Manifest
+from accel_parallel.checkpoint.manifest import About, FileRecord, ItemRecord
 from accel_parallel.checkpoint.outgoing import Outgoing, OutgoingFile
-from accel_parallel.checkpoint.staging import Staging, staging_of
+from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_parallel.checkpoint.store import NUM_THREADS
 from accel_state.collectives import broadcast_object_list, gather_object
 from accel_state.errors import CheckpointError
 from accel_state.process import Process
-from accel_state.topology import AXES
 
-__all__ = ["About", "agree", "begin", "on_main", "prepare", "save_checkpoint", "write_checkpoint"]
+__all__ = ["agree", "begin", "on_main", "prepare", "save_checkpoint", "write_checkpoint"]
 
-_LIBRARIES = ("accel", "accel-state", "accel-parallel", "torch", "safetensors")
 _Path = TypeVar("_Path", str, Path)
 Written = tuple[dict[str, ItemRecord], dict[str, FileRecord]]
-
-FAILURES = (OSError, CheckpointError, RuntimeError, TypeError, ValueError, MemoryError)
-"""What writing may raise, devices and odd states included. A rank that left with any of these instead of reporting it
-would keep its peers waiting."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class About:
-    """What the manifest says besides files."""
-
-    step: int
-    """Optimizer steps taken."""
-    strategy: str
-    mesh: Mapping[str, int] = field(default_factory=dict)
-    world_size: int = 1
-
-    @classmethod
-    def run(cls, process: Process, *, step: int, strategy: str) -> About:
-        """Of the run that `process` is one of."""
-        topology = process.topology
-        mesh: dict[str, int] = {axis: topology.shape.size_of(axis) for axis in AXES if topology.shape.size_of(axis) > 1}
-        return cls(step=step, strategy=strategy, mesh=mesh, world_size=topology.world_size)
-
-    def manifest(self, items: Mapping[str, ItemRecord], files: Mapping[str, FileRecord]) -> Manifest:
-        """The manifest of a checkpoint with these contents."""
-        return Manifest(
-            step=self.step,
-            world_size=self.world_size,
-            strategy=self.strategy,
-            mesh=self.mesh,
-            libraries=_versions(),
-            items=items,
-            files=files,
-        )
 
 
 def save_checkpoint(
@@ -105,12 +67,12 @@ def save_checkpoint(
     staging = staging_of(final)
     outgoing = prepare(items, spread=spread, staging=staging, process=process)
     with begin(staging, process) as token:
-        records, files = outgoing.files(process)
-        written, problem = _write(staging.folder(token), files, sync=sync)
-        answers = agree((records, written), problem, staging, process)
+        share = outgoing.share(process)
+        written, problem = _write(staging.folder(token), share.files, sync=sync)
+        answers = agree((share.records, written), problem, staging, process)
         about = About.run(process, step=step, strategy=strategy)
         on_main(
-            process, lambda: staging.publish(token, about.manifest(*_merge(answers)).to_json(), sync=sync), "commit"
+            process, lambda: staging.publish(token, about.manifest_of(*_merge(answers)).to_json(), sync=sync), "commit"
         )
     return final
 
@@ -146,13 +108,13 @@ def write_checkpoint(
         for item in items:
             if item.name in records:
                 raise CheckpointError(f"Two items are called `{item.name}`. Give each item a name of its own.")
-            found, outgoing = Outgoing([item]).alone()
-            records.update(found)
-            for file in outgoing:
+            share = Outgoing([item]).alone()
+            records.update(share.records)
+            for file in share.files:
                 files[file.name] = staging.folder(token).write(file.name, file.chunks(), sync=sync)
                 if progress is not None:
                     progress(files[file.name].size_bytes)
-        staging.publish(token, about.manifest(records, files).to_json(), sync=sync)
+        staging.publish(token, about.manifest_of(records, files).to_json(), sync=sync)
     finally:
         staging.abandon(token)
     return final
@@ -263,13 +225,3 @@ def _raise_failures(found: Iterable[tuple[int, str | None]], staging: Staging) -
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
-
-def _versions() -> Mapping[str, str]:
-    return {name: found for name in _LIBRARIES if (found := _version(name)) is not None}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a checkout by PYTHONPATH, or the leaf alone
-        return None

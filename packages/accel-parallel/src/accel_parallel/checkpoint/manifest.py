@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from accel_state.errors import CheckpointError
+from accel_state.topology import AXES
 
 if TYPE_CHECKING:
     from accel_parallel.checkpoint.folder import File, Folder
+    from accel_state.process import Process
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "ItemRecord", "Manifest"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "About", "FileRecord", "ItemRecord", "Manifest"]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 _SEAL = "xxh3_128"
+_LIBRARIES = ("accel", "accel-state", "accel-parallel", "torch", "safetensors")
 
 
 def _seal(data: Mapping[str, Any]) -> str:
@@ -133,7 +137,7 @@ class Manifest:
 
     def _refuse_foreign_paths(self, path: str) -> None:
         for name in self.files:
-            if Path(name).name != name or name in ("", ".", ".."):
+            if PurePath(name).name != name or name in ("", ".", ".."):
                 raise CheckpointError(
                     f"`{path}` names the file `{name}`, which lies outside the checkpoint's folder. "
                     f"Do not load it: no save writes such a name."
@@ -176,3 +180,46 @@ def _checksum(file: File) -> str:
     for chunk in file.chunks():
         digest.update(chunk)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """What the manifest says besides files."""
+
+    step: int
+    """Optimizer steps taken."""
+    strategy: str
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    world_size: int = 1
+    libraries: Mapping[str, str] = field(default_factory=lambda: _versions())
+    """Versions it is written with."""
+
+    @classmethod
+    def run(cls, process: Process, *, step: int, strategy: str) -> About:
+        """Of the run that `process` is one of."""
+        topology = process.topology
+        mesh: dict[str, int] = {axis: topology.shape.size_of(axis) for axis in AXES if topology.shape.size_of(axis) > 1}
+        return cls(step=step, strategy=strategy, mesh=mesh, world_size=topology.world_size)
+
+    def manifest_of(self, items: Mapping[str, ItemRecord], files: Mapping[str, FileRecord]) -> Manifest:
+        """The manifest of a checkpoint with these contents."""
+        return Manifest(
+            step=self.step,
+            world_size=self.world_size,
+            strategy=self.strategy,
+            mesh=self.mesh,
+            libraries=self.libraries,
+            items=items,
+            files=files,
+        )
+
+
+def _versions() -> Mapping[str, str]:
+    return {name: found for name in _LIBRARIES if (found := _version(name)) is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a checkout by PYTHONPATH, or the leaf alone
+        return None

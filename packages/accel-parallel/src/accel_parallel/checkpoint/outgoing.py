@@ -19,7 +19,7 @@ from accel_state.collectives import broadcast_object_list
 from accel_state.errors import CheckpointError
 from accel_state.process import Process
 
-__all__ = ["Outgoing", "OutgoingFile"]
+__all__ = ["Outgoing", "OutgoingFile", "Share"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,20 @@ class OutgoingFile:
     def nbytes(self) -> int:
         """Of all of it."""
         return len(self.head) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank writes."""
+
+    records: dict[str, ItemRecord]
+    """What the manifest says of the items that it describes."""
+    nbytes: int
+    """Of all its files."""
+    num_parts: int
+    """Heads and tensors in them."""
+    files: Iterator[OutgoingFile]
+    """To be run through once, by every rank in step, since divided tensors are exchanged on the way."""
 
 
 def on_host(tensor: torch.Tensor | StoredTensor) -> torch.Tensor:
@@ -69,17 +83,13 @@ class Outgoing:
                 raise CheckpointError(f"Two items are called `{item.name}`. Give each item a name of its own.")
             self._items.append(flatten(item))
 
-    def alone(self) -> tuple[dict[str, ItemRecord], Iterator[OutgoingFile]]:
-        """As `files`, of one process that has no peers and no open `Process`. Items must not be shared."""
+    def alone(self) -> Share:
+        """As `share`, of one process that has no peers and no open `Process`. Items must not be shared."""
         plans = {each.item.name: _plan(each, [0]) for each in self._items}
-        texts = [file for each in self._items for file in _texts(each, plans[each.item.name])]
-        return _records(self._items, plans), self._run(texts, [], self._items, plans, None)
+        return self._share(0, [], self._items, plans, None)
 
-    def files(self, process: Process) -> tuple[dict[str, ItemRecord], Iterator[OutgoingFile]]:
-        """Every rank must call this, and run through the files. What the manifest says of this rank's items, and these.
-
-        Of a shared item the main process has the record.
-        """
+    def share(self, process: Process) -> Share:
+        """Every rank must call this, and run through the files. Of a shared item the main process has the record."""
         rank, world = process.topology.rank, process.topology.world_size
         shared = [each for each in self._items if each.item.shared]
         if world > 1 and shared:
@@ -90,9 +100,27 @@ class Outgoing:
         plans = {each.item.name: _plan(each, [0], writers) for each in shared}
         own = [each for each in self._items if not each.item.shared]
         plans.update({each.item.name: _plan(each, [rank]) for each in own})
-        described = [*(shared if process.topology.is_main else []), *own]
+        return self._share(rank, shared, own, plans, process)
+
+    def _share(
+        self,
+        rank: int,
+        shared: Sequence[FlatItem],
+        own: Sequence[FlatItem],
+        plans: Mapping[str, Sequence[PlannedFile]],
+        process: Process | None,
+    ) -> Share:
+        described = [*(shared if rank == 0 else []), *own]
         texts = [file for each in described for file in _texts(each, plans[each.item.name])]
-        return _records(described, plans), self._run(texts, shared, own, plans, process)
+        sizes = [len(file.head) for file in texts]
+        for each in [*shared, *own]:
+            shapes = each.shapes
+            for file in plans[each.item.name]:
+                if file.writer == rank:
+                    sizes.append(len(file_header({name: shapes[name] for name in file.tensors})))
+                    sizes += [shapes[name].nbytes for name in file.tensors]
+        files = self._run(texts, shared, own, plans, process)
+        return Share(_records(described, plans), sum(sizes), len(sizes), files)
 
     def _run(
         self,

@@ -20,7 +20,11 @@ from accel_parallel.checkpoint.layout import discard, previous_path, recover, re
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME
 from accel_state.errors import CheckpointError
 
-__all__ = ["LocalStaging", "Staging", "staging_of"]
+__all__ = ["FAILURES", "LocalStaging", "Staging", "staging_of"]
+
+FAILURES = (OSError, CheckpointError, RuntimeError, TypeError, ValueError, MemoryError)
+"""What writing may raise, devices and odd states included. A rank that left with any of these instead of reporting it
+would keep its peers waiting."""
 
 
 class Staging(Protocol):
@@ -40,6 +44,9 @@ class Staging(Protocol):
 
     def folder(self, token: str) -> Folder:
         """Where every rank writes its files."""
+
+    def remove(self, token: str, name: str) -> None:
+        """Main process only. Take out a file that the checkpoint is not to hold."""
 
     def publish(self, token: str, manifest: str, *, sync: bool) -> None:
         """Main process only. Write the manifest and let the checkpoint take its name; what it replaces goes then."""
@@ -79,6 +86,9 @@ class LocalStaging:
 
     def folder(self, token: str) -> Folder:
         return LocalFolder(token)
+
+    def remove(self, token: str, name: str) -> None:
+        (Path(token) / name).unlink(missing_ok=True)
 
     def publish(self, token: str, manifest: str, *, sync: bool) -> None:
         LocalFolder(token).write(MANIFEST_NAME, [manifest.encode()], sync=sync)

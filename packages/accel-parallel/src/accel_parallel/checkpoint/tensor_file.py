@@ -20,7 +20,10 @@ from accel_parallel.box import Box
 from accel_parallel.checkpoint.folder import File, Folder
 from accel_state.errors import CheckpointError
 
-__all__ = ["StoredTensor", "TensorFile", "TensorShape", "as_bytes", "bytes_of", "file_header", "name_of_dtype", "order_in_file"]
+__all__ = [
+    "StoredTensor", "TensorFile", "TensorShape", "as_bytes", "bytes_of", "file_header", "name_of_dtype",
+    "order_in_file",
+]  # fmt: skip
 
 _NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",

@@ -1,0 +1,302 @@
+"""Saves that go on while the run trains: a copy in host memory, and a process of its own that writes and commits it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+import torch
+
+from accel_parallel.checkpoint.commit import on_main, prepare
+from accel_parallel.checkpoint.host_buffer import HostBuffer
+from accel_parallel.checkpoint.item import Item
+from accel_parallel.checkpoint.manifest import MANIFEST_NAME, About
+from accel_parallel.checkpoint.outgoing import Share, on_host
+from accel_parallel.checkpoint.staging import Staging, staging_of
+from accel_parallel.checkpoint.tensor_file import StoredTensor
+from accel_parallel.checkpoint.writer import Job, Links, perform
+from accel_state.collectives import broadcast_object_list, gather_object
+from accel_state.errors import CheckpointError
+from accel_state.logging import get_logger
+from accel_state.process import Process
+
+__all__ = ["BackgroundSaver", "PendingSave"]
+
+logger = get_logger(__name__)
+
+_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from accel_parallel.checkpoint.writer import run; sys.exit(run(int(sys.argv[2])))"
+)
+
+
+class PendingSave:
+    """A save that may still be going on."""
+
+    def __init__(self, path: str | Path, writer: _Writer | None, process: Process) -> None:
+        self.path = path
+        """The folder that it will be complete in."""
+        self._writer = writer
+        self._process = process
+        self._settled = writer is None
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank's writer has ended: its files are on the disk, and the main process's has committed."""
+        return self._writer is None or self._writer.ended
+
+    def wait(self) -> str | Path:
+        """Wait until the checkpoint is complete, and return its folder. Every rank must call this.
+
+        Raises:
+            CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
+        """
+        if self._settled or self._writer is None:
+            return self.path
+        self._settled = True
+        is_main = self._process.topology.is_main
+        # The main process's writer waits for the others; so it is asked for its outcome last.
+        problems = gather_object([None if is_main else self._writer.outcome()], process=self._process)
+        found = [problem for problem in problems if problem is not None]
+        if is_main:
+            if found:
+                self._writer.give_up()
+            problem = self._writer.outcome()
+            found = found or ([problem] if problem is not None else [])
+        (told,) = broadcast_object_list([found[:1]], process=self._process)
+        if told:
+            raise CheckpointError(told[0])
+        return self.path
+
+    def finish_alone(self) -> None:
+        """Wait for this rank's writer without the others, as where the interpreter ends, and report a failure."""
+        if self._settled or self._writer is None:
+            return
+        self._settled = True
+        problem = self._writer.outcome(leave=True)
+        if problem is not None:
+            logger.error("%s", problem)
+
+
+class BackgroundSaver:
+    """The saves of one run in the background, one at a time."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.pending: PendingSave | None = None
+        """The last one that was begun."""
+        self._buffer: HostBuffer | None = None
+
+    def save(
+        self,
+        final: str | Path,
+        items: Sequence[Item],
+        *,
+        step: int,
+        strategy: str,
+        sync: bool = True,
+        spread: bool = True,
+        prune: Mapping[str, Any] | None = None,
+    ) -> PendingSave:
+        """Copy everything to host memory, and let a process of its own write it. Every rank must call this.
+
+        Returns when the state may change again. Arguments are those of `save_checkpoint`.
+
+        Args:
+            prune: ``folder``, ``total_limit`` and ``keep``: what may go once the checkpoint is complete.
+
+        Raises:
+            CheckpointError: on every rank, if an earlier save failed, or this one could not begin.
+        """
+        self.settle()
+        staging = staging_of(final)
+        outgoing = prepare(items, spread=spread, staging=staging, process=self.process)
+        is_main = self.process.topology.is_main
+        (is_new,) = broadcast_object_list(
+            [is_main and not staging.folder(staging.location).holds(MANIFEST_NAME)], process=self.process
+        )
+        token = on_main(self.process, lambda: staging.begin(os.getpid()), "begin")
+        try:
+            share = outgoing.share(self.process)
+            buffer, ranges = self._filled(share)
+        except BaseException:
+            if is_main:
+                staging.abandon(token)
+            raise
+        about = About.run(self.process, step=step, strategy=strategy)
+        job = Job(
+            location=staging.location,
+            token=token,
+            is_new=is_new,
+            rank=self.process.topology.rank,
+            world_size=self.process.topology.world_size,
+            sync=sync,
+            items={name: asdict(record) for name, record in share.records.items()},
+            files=ranges,
+            about=asdict(about) if is_main else None,
+            prune=dict(prune or {}) if is_main else {},
+        )
+        self.pending = PendingSave(final, _start(job, buffer, staging), self.process)
+        atexit.register(self.pending.finish_alone)
+        return self.pending
+
+    def settle(self) -> None:
+        """Wait for the save that is going on, if any. Every rank must call this.
+
+        Raises:
+            CheckpointError: on every rank, if it failed; once.
+        """
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            atexit.unregister(pending.finish_alone)
+            pending.wait()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save of any rank is going on. Every rank must call this."""
+        busy = self.pending is not None and not self.pending.done
+        return any(gather_object([busy], process=self.process))
+
+    def close(self) -> None:
+        """Give the host memory back."""
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
+
+    def _filled(self, share: Share) -> tuple[HostBuffer, list[tuple[str, list[tuple[int, int]]]]]:
+        device = self.process.device
+        if self._buffer is None:
+            self._buffer = HostBuffer(pinned=device.type == "cuda")
+        self._buffer.begin(share.nbytes, share.num_parts)
+        ranges = []
+        for file in share.files:
+            contents: list[bytes | torch.Tensor] = [file.head, *(_plain(tensor) for tensor in file.tensors)]
+            ranges.append((file.name, [self._buffer.put(content) for content in contents]))
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return self._buffer, ranges
+
+
+def _plain(tensor: torch.Tensor | StoredTensor) -> torch.Tensor:
+    return on_host(tensor) if isinstance(tensor, StoredTensor) else tensor.resolve_conj().resolve_neg()
+
+
+class _Writer(Protocol):
+    """What writes, from the side of the run."""
+
+    @property
+    def ended(self) -> bool: ...
+    def give_up(self) -> None: ...
+    def outcome(self, *, leave: bool = False) -> str | None:
+        """Wait for its end. What failed, or ``None``. `leave` says that nobody will tell it anything more."""
+
+
+def _start(job: Job, buffer: HostBuffer, staging: Staging) -> _Writer:
+    # Memory of this process, such as of `memory://`, is nothing that another could write to.
+    if getattr(staging, "in_process", False) or sys.platform == "win32":
+        return _WriterThread(job, buffer)
+    try:
+        return _WriterProcess(job, buffer)
+    except OSError as error:  # such as no memory for another process: the others must hear of it
+        return _NoWriter(f"rank {job.rank} could not start a process that writes `{job.location}` ({error})")
+
+
+class _NoWriter:
+    ended = True
+
+    def __init__(self, problem: str) -> None:
+        self._problem = problem
+
+    def give_up(self) -> None: ...
+
+    def outcome(self, *, leave: bool = False) -> str | None:
+        return self._problem
+
+
+class _WriterProcess:
+    def __init__(self, job: Job, buffer: HostBuffer) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CODE, json.dumps(sys.path), str(buffer.descriptor)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[buffer.descriptor],
+            text=True,
+        )
+        self._location = job.location
+        try:
+            self._input.write(json.dumps(asdict(job)) + "\n")
+            self._input.flush()
+        except BrokenPipeError:
+            pass  # it is gone; `outcome` says so
+
+    @property
+    def _input(self) -> IO[str]:
+        return cast("IO[str]", self._process.stdin)
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def give_up(self) -> None:
+        try:
+            self._input.write("give up\n")
+            self._input.flush()
+        except (BrokenPipeError, ValueError):
+            pass  # it has ended already
+
+    def outcome(self, *, leave: bool = False) -> str | None:
+        if leave:
+            self._input.close()
+        assert self._process.stdout is not None
+        lines = self._process.stdout.read().splitlines()
+        code = self._process.wait()
+        if not leave:
+            self._input.close()
+        self._process.stdout.close()
+        if lines and lines[-1] == "done":
+            return None
+        if lines and lines[-1].startswith('"'):
+            return str(json.loads(lines[-1]))
+        return (
+            f"The checkpoint `{self._location}` is not complete: the process that wrote it ended with code {code}. "
+            f"Earlier ones are untouched. Look for who killed it, such as the system out of memory, and save again."
+        )
+
+
+def _is_ending() -> bool:
+    return not threading.main_thread().is_alive()
+
+
+class _WriterThread:
+    def __init__(self, job: Job, buffer: HostBuffer) -> None:
+        self._given_up = threading.Event()
+        self._problem: str | None = None
+        self._thread = threading.Thread(target=self._work, args=(job, buffer), name="checkpoint-writer")
+        self._thread.start()
+
+    def _work(self, job: Job, buffer: HostBuffer) -> None:
+        try:
+            perform(job, buffer.view(), Links(lambda _: None, self._given_up.is_set, _is_ending))
+        except CheckpointError as error:
+            self._problem = str(error)
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def give_up(self) -> None:
+        self._given_up.set()
+
+    def outcome(self, *, leave: bool = False) -> str | None:
+        if leave:
+            self._given_up.set()
+        self._thread.join()
+        return self._problem
