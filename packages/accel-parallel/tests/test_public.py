@@ -43,9 +43,11 @@ def test_every_public_name_is_there() -> None:
 def test_names_of_the_checkpoint_and_the_contract_are_these() -> None:
     assert sorted(accel_parallel.checkpoint.__all__) == [
         "About",
+        "BackgroundSaver",
         "Checkpoint",
         "Item",
         "Manifest",
+        "PendingSave",
         "StoredTensor",
         "latest_checkpoint",
         "next_number",

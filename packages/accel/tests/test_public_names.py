@@ -61,6 +61,8 @@ NAMES = [
     "tqdm",
 ]
 MEMBERS = [
+    "stop_requested",
+    "catch_stop_signals",
     "accumulate",
     "autocast",
     "backward",

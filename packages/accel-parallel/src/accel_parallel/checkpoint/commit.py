@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from accel_parallel.checkpoint.folder import Folder
+from accel_parallel.checkpoint.folder import FileRecord, Folder
 from accel_parallel.checkpoint.item import Item
-from accel_parallel.checkpoint.manifest import About, FileRecord, ItemRecord
+from accel_parallel.checkpoint.manifest import About, ItemRecord
 from accel_parallel.checkpoint.outgoing import Outgoing, OutgoingFile
 from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_parallel.checkpoint.store import NUM_THREADS
@@ -224,4 +224,3 @@ def _raise_failures(found: Iterable[tuple[int, str | None]], staging: Staging) -
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-

@@ -9,17 +9,25 @@ import mmap
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import xxhash
 
-from accel_parallel.checkpoint.manifest import FileRecord
-
-__all__ = ["CHUNK_BYTES", "File", "Folder", "LocalFolder", "sync_to_disk"]
+__all__ = ["CHUNK_BYTES", "File", "FileRecord", "Folder", "LocalFolder", "sync_to_disk"]
 
 CHUNK_BYTES = 1 << 22
 """What is read or written at once: large enough for a disk, small enough to hash while it is in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file."""
+
+    size_bytes: int
+    xxh3_128: str
+    """XXH3-128 of its bytes, as hexadecimal (https://github.com/Cyan4973/xxHash): finds damage, not malice."""
 
 
 class File(Protocol):

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from accel_parallel.checkpoint.folder import File, FileRecord, Folder
 from accel_state.errors import CheckpointError
 from accel_state.topology import AXES
 
 if TYPE_CHECKING:
-    from accel_parallel.checkpoint.folder import File, Folder
     from accel_state.process import Process
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "About", "FileRecord", "ItemRecord", "Manifest"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "About", "ItemRecord", "Manifest"]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -30,15 +30,6 @@ def _seal(data: Mapping[str, Any]) -> str:
     """Checksum of values, whatever the white space around them."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(text.encode())
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """One file."""
-
-    size_bytes: int
-    xxh3_128: str
-    """XXH3-128 of its bytes, as hexadecimal (https://github.com/Cyan4973/xxHash): finds damage, not malice."""
 
 
 @dataclass(frozen=True, slots=True)

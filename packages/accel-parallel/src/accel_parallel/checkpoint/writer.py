@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accel_parallel.checkpoint.folder import Folder
+from accel_parallel.checkpoint.folder import FileRecord, Folder
 from accel_parallel.checkpoint.layout import prune
-from accel_parallel.checkpoint.manifest import MANIFEST_NAME, About, FileRecord, ItemRecord
+from accel_parallel.checkpoint.manifest import MANIFEST_NAME, About, ItemRecord
 from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_state.errors import CheckpointError
 
