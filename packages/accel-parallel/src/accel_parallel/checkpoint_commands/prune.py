@@ -94,23 +94,24 @@ def plan_removal(places: Sequence[Place], *, keep: int, every: int | None = None
 
 
 def _remove(plan: Plan) -> None:
-    failed = []
-    for place in [*plan.checkpoints, *plan.leftovers]:
-        try:
-            if place.manifest is not None:
-                discard(place.path)
-            else:
-                remove_tree(place.path)
-        except OSError as error:
-            if place.path.exists():  # else the run itself removed it meanwhile
-                failed.append(f"`{place.path}` ({error})")
-        else:
-            if place.path.exists():
-                failed.append(f"`{place.path}`")
+    failed = [problem for place in [*plan.checkpoints, *plan.leftovers] if (problem := _problem_removing(place))]
     if failed:
         raise CheckpointError(
             f"{len(failed)} could not be removed: {', '.join(failed)}. Make them writable, then run this again."
         )
+
+
+def _problem_removing(place: Place) -> str | None:
+    """Remove a folder; why it is still there, if it is. The run itself may have removed it meanwhile."""
+    problem = ""
+    try:
+        if place.manifest is not None:
+            discard(place.path)
+        else:
+            remove_tree(place.path)
+    except OSError as error:
+        problem = f" ({error})"
+    return f"`{place.path}`{problem}" if place.path.exists() else None
 
 
 def _agreed(count: int) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from accel_parallel.checkpoint.folder import File, Folder
-from accel_parallel.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
+from accel_parallel.checkpoint.folder import File, FileRecord, Folder
+from accel_parallel.checkpoint.manifest import MANIFEST_NAME, Manifest
 from accel_parallel.checkpoint_commands.arguments import Arguments, whole_number
 from accel_parallel.checkpoint_commands.places import find_checkpoint
 from accel_parallel.checkpoint_commands.progress import bytes_bar
