@@ -72,11 +72,13 @@ class CheckpointView(ProcessView):
         refuse_saving(self._engine)
         return self._saving.save(output_dir, if_busy) if blocking else self._saving.begin_save(output_dir, if_busy)
 
-    def load_state(self, input_dir: str | Path | None = None) -> Path | None:
+    def load_state(self, input_dir: str | Path | None = None, *, strict: bool = True) -> Path | None:
         """Restore everything from a checkpoint, strictly. Every rank must call this, after `prepare`.
 
         Args:
             input_dir: folder; by default the latest complete checkpoint of the project.
+            strict: ``False`` restores what fits by name, shape and dtype, and logs a warning that names every item,
+                tensor and optimizer state that was waived. Damaged files are refused all the same.
 
         Returns:
             The folder restored from, or ``None`` where none was asked for and nothing was saved yet.
@@ -86,7 +88,7 @@ class CheckpointView(ProcessView):
                 unless the mismatch shows only when an object takes its state.
         """
         self._together("load_state")
-        return self._saving.load(input_dir)
+        return self._saving.load(input_dir, strict=strict)
 
     def save_model(self, model: nn.Module, save_directory: str | Path, max_shard_size: int | str = "10GB") -> None:
         """Write a model's weights as safetensors that ``from_pretrained``-like readers take. Every rank must call this.

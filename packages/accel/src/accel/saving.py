@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accel.engine import Engine
+from accel.fitting import fit_model, fit_optimizer
 from accel.project import ProjectConfiguration
 from accel_parallel import checkpoint as files
 from accel_parallel.naming import parameter_names
@@ -131,7 +132,7 @@ class Saving:
         keep = [] if self._resumed_from is None else [str(self._resumed_from)]
         return {"folder": str(folder), "total_limit": limit, "keep": keep}
 
-    def load(self, input_dir: str | Path | None) -> Path | None:
+    def load(self, input_dir: str | Path | None, *, strict: bool = True) -> Path | None:
         """Restore a checkpoint, the latest by default. Every rank must call this.
 
         Returns:
@@ -142,30 +143,58 @@ class Saving:
         if folder is None:
             return None
         # Everything is proved, each file by one rank, and then read, before anything is changed on any.
-        checkpoint = self._agree(lambda: self._proved(folder))
-        states, generators, step = self._agree(lambda: self._read(checkpoint))
+        checkpoint = self._agree(lambda: self._proved(folder, strict=strict))
+        states, generators, step = self._agree(lambda: self._read(checkpoint, strict=strict))
         for hook in self.load_hooks:
             hook(list(self.engine.models), str(folder))
+        waived = [] if strict else self._fit(checkpoint, states)
         self._restore(states)
         self.engine.restart()
         if generators is not None:
             set_rng_state(generators, strict_device=False)
         self._resumed_from = folder
         self.process.barrier()
+        if waived:
+            logger.warning("Restored from %s, but for this: %s.", folder, "; ".join(waived))
         logger.info("Resumed from %s, step %d.", folder, step)
         return folder
 
-    def _proved(self, folder: Path) -> files.Checkpoint:
+    def _fit(self, checkpoint: files.Checkpoint, states: dict[str, Any]) -> list[str]:
+        """Make states such that a strict restore takes them. Every rank must call this. Returns what is waived."""
+        engine = self.engine
+        missing, extra = self._other_items(checkpoint)
+        waived = [f"`{name}` is not in the checkpoint, and stays as it is" for name in missing]
+        waived += [f"`{name}` of the checkpoint has nothing here to go to" for name in extra]
+        if not any(record.kind == "rng" for record in checkpoint.items.values()):
+            waived.append("random generators are not in the checkpoint, and go on as they are")
+        for index, model in enumerate(engine.models):
+            name = _numbered("model", index)
+            if name in states:
+                states[name], lines = fit_model(name, states[name], engine.strategy.model_state(model))
+                waived += lines
+        names = self._parameter_names()
+        for index, optimizer in enumerate(engine.optimizers):
+            name = _numbered("optimizer", index)
+            if name in states:
+                present = engine.strategy.optimizer_state(optimizer.optimizer, names)
+                found, lines = fit_optimizer(name, _optimizer_state(states[name]), present)
+                states[name] = {**states[name], **_content(found)}
+                waived += lines
+        return waived
+
+    def _proved(self, folder: Path, *, strict: bool) -> files.Checkpoint:
         checkpoint = files.Checkpoint(folder)
-        self._refuse_other_items(checkpoint)
+        if strict:
+            self._refuse_other_items(checkpoint)
         topology = self.process.topology
         checkpoint.verify(share=topology.rank, num_shares=topology.world_size)
         return checkpoint
 
-    def _read(self, checkpoint: files.Checkpoint) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
+    def _read(self, checkpoint: files.Checkpoint, *, strict: bool) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
         lazy = {name for name, record in checkpoint.items.items() if record.kind in ("model", "optimizer")}
-        states = {name: checkpoint.read(name, lazy=name in lazy, verify=False) for name in self._names()}
-        return states, self._read_generators(checkpoint), checkpoint.manifest.step
+        names = [name for name in self._names() if name in checkpoint.items]
+        states = {name: checkpoint.read(name, lazy=name in lazy, verify=False) for name in names}
+        return states, self._read_generators(checkpoint, strict=strict), checkpoint.manifest.step
 
     def _agree(self, read: Callable[[], _T]) -> _T:
         """Read on every rank; where that fails on any, all raise, so that none goes on alone with other weights."""
@@ -209,9 +238,7 @@ class Saving:
         names = self._parameter_names()  # after the states, which give up what a forward gathered
         for index, optimizer in enumerate(engine.optimizers):
             state = engine.strategy.optimizer_state(optimizer.optimizer, names)
-            content = {"state": state.state, "groups": state.groups, "steps_taken": optimizer.steps_taken}
-            if state.engine:
-                content["engine"] = state.engine
+            content = {**_content(state), "steps_taken": optimizer.steps_taken}
             items.append(files.Item(_numbered("optimizer", index), "optimizer", content, shared=True))
         own = self._own_items()  # on every rank, for a state may be put together over ranks
         return items + own if self.process.topology.is_main else items
@@ -233,31 +260,34 @@ class Saving:
         return items
 
     def _restore(self, states: dict[str, Any]) -> None:
+        """Give each object its state, where there is one."""
         engine = self.engine
         for index, model in enumerate(engine.models):
-            engine.strategy.load_model_state(model, states[_numbered("model", index)])
+            if (state := states.get(_numbered("model", index))) is not None:
+                engine.strategy.load_model_state(model, state)
         names = self._parameter_names()  # after the states, for which gathered copies are given up
         for index, optimizer in enumerate(engine.optimizers):
-            state = states[_numbered("optimizer", index)]
-            engine.strategy.load_optimizer_state(
-                optimizer.optimizer,
-                names,
-                OptimizerState(state=state["state"], groups=state["groups"], engine=state.get("engine", {})),
-            )
-            optimizer.steps_taken = state["steps_taken"]
+            if (state := states.get(_numbered("optimizer", index))) is not None:
+                engine.strategy.load_optimizer_state(optimizer.optimizer, names, _optimizer_state(state))
+                optimizer.steps_taken = state["steps_taken"]
         for index, scheduler in enumerate(engine.schedulers):
-            scheduler.load_state_dict(states[_numbered("scheduler", index)])
-            scheduler.settle()
-        for index, loader in enumerate(self.loaders):
-            loader.load_state_dict(states[_numbered("loader", index)])
-        for index, each in enumerate(self.custom):
-            each.load_state_dict(states[_numbered("custom", index)])
-        if engine.scaler is not None:
+            if (state := states.get(_numbered("scheduler", index))) is not None:
+                scheduler.load_state_dict(state)
+                scheduler.settle()
+        for kind, objects in (("loader", self.loaders), ("custom", self.custom)):
+            for index, each in enumerate(objects):
+                if (name := _numbered(kind, index)) in states:
+                    each.load_state_dict(states[name])
+        if engine.scaler is not None and "scaler" in states:
             engine.scaler.load_state_dict(states["scaler"])
 
-    def _refuse_other_items(self, checkpoint: files.Checkpoint) -> None:
+    def _other_items(self, checkpoint: files.Checkpoint) -> tuple[list[str], list[str]]:
+        """What it lacks, and what it holds besides."""
         saved = {name for name, record in checkpoint.items.items() if record.kind != "rng"}
-        missing, extra = sorted(set(self._names()) - saved), sorted(saved - set(self._names()))
+        return sorted(set(self._names()) - saved), sorted(saved - set(self._names()))
+
+    def _refuse_other_items(self, checkpoint: files.Checkpoint) -> None:
+        missing, extra = self._other_items(checkpoint)
         if missing or extra:
             parts = [
                 f"lacks {', '.join(missing)}" if missing else "",
@@ -269,17 +299,19 @@ class Saving:
                 f"the same objects, in the same order and precision, as when it was written."
             )
 
-    def _read_generators(self, checkpoint: files.Checkpoint) -> dict[str, Any] | None:
+    def _read_generators(self, checkpoint: files.Checkpoint, *, strict: bool) -> dict[str, Any] | None:
         if checkpoint.manifest.world_size != self.process.topology.world_size:
             logger.warning(
                 "The checkpoint was written by %d process(es) and is read by %d: random generators are not restored, "
-                "since "
-                "their streams belong to ranks. The order of the data is.",
+                "since their streams belong to ranks. The order of the data is.",
                 checkpoint.manifest.world_size,
                 self.process.topology.world_size,
             )
             return None
-        state: dict[str, Any] = checkpoint.read(f"rng_{self.process.topology.rank}", verify=False)
+        name = f"rng_{self.process.topology.rank}"
+        if not strict and name not in checkpoint.items:
+            return None
+        state: dict[str, Any] = checkpoint.read(name, verify=False)
         return state
 
     def _save_path(self, output_dir: str | Path | None) -> Path:
@@ -359,3 +391,13 @@ class Saving:
 
 def _numbered(kind: str, index: int) -> str:
     return kind if index == 0 else f"{kind}_{index}"
+
+
+def _content(state: OptimizerState) -> dict[str, Any]:
+    """A state as an item holds it."""
+    content = {"state": state.state, "groups": state.groups}
+    return {**content, "engine": state.engine} if state.engine else content
+
+
+def _optimizer_state(content: Mapping[str, Any]) -> OptimizerState:
+    return OptimizerState(state=content["state"], groups=content["groups"], engine=content.get("engine", {}))

@@ -59,6 +59,13 @@ class Folder(Protocol):
             OSError: if there is no such file, or it is none: a link may lead out of the folder.
         """
 
+    def below(self, place: str) -> Folder:
+        """The folder of that name in it, where a manifest may say that files are.
+
+        Raises:
+            OSError: if it is a link, which may lead out of the folder.
+        """
+
     def write(self, name: str, chunks: Iterable[bytes | memoryview], *, sync: bool) -> FileRecord:
         """Make a file of these bytes, on the disk for good when this returns and `sync`.
 
@@ -83,6 +90,11 @@ class LocalFolder:
     def open(self, name: str) -> File:
         return _LocalFile(self.path / name)
 
+    def below(self, place: str) -> Folder:
+        if (self.path / place).is_symlink():
+            raise OSError(f"`{self.path / place}` is a link")
+        return LocalFolder(self.path / place)
+
     def write(self, name: str, chunks: Iterable[bytes | memoryview], *, sync: bool) -> FileRecord:
         digest, size = xxhash.xxh3_128(), 0
         descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -98,6 +110,15 @@ class LocalFolder:
         finally:
             os.close(descriptor)
         return FileRecord(size, digest.hexdigest())
+
+
+def folder_of(location: Location) -> Folder:
+    """The folder that a path or a URL names."""
+    if is_remote(location):
+        from accel_parallel.checkpoint.remote import RemoteFolder
+
+        return RemoteFolder(str(location))
+    return LocalFolder(local_path(location))
 
 
 class _LocalFile:

@@ -58,12 +58,14 @@ class Manifest:
     """Versions it was written with."""
     items: Mapping[str, ItemRecord]
     files: Mapping[str, FileRecord]
+    place: str = ""
+    """Folder below the manifest's own that holds the files; empty where that is its own. In an object store, where
+    nothing can be renamed, each save has another one."""
     version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         """The text of the file, which ends in a checksum of itself."""
-        data = {"format": "accel-checkpoint", **asdict(self)}
-        return json.dumps({**data, _SEAL: _seal(data)}, indent=1, sort_keys=True) + "\n"
+        return _sealed({"format": "accel-checkpoint", **asdict(self)})
 
     @classmethod
     def read(cls, folder: Folder) -> Manifest:
@@ -118,6 +120,7 @@ class Manifest:
                     for name, item in data["items"].items()
                 },
                 files={name: FileRecord(**record) for name, record in data["files"].items()},
+                place=data.get("place", ""),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -127,8 +130,8 @@ class Manifest:
         return manifest
 
     def _refuse_foreign_paths(self, path: str) -> None:
-        for name in self.files:
-            if PurePath(name).name != name or name in ("", ".", ".."):
+        for name in (*self.files, *([self.place] if self.place else [])):
+            if not isinstance(name, str) or PurePath(name).name != name or name in ("", ".", ".."):
                 raise CheckpointError(
                     f"`{path}` names the file `{name}`, which lies outside the checkpoint's folder. "
                     f"Do not load it: no save writes such a name."
@@ -140,15 +143,19 @@ class Manifest:
                         f"`{path}` gives `{item}` the file `{name}` and does not list it. Load another checkpoint."
                     )
 
+    def files_in(self, folder: Folder) -> Folder:
+        """Where the files are of the checkpoint in that folder."""
+        return folder.below(self.place) if self.place else folder
+
     def verify(self, folder: Folder, name: str) -> None:
-        """Compare a file with what was written.
+        """Compare a file of the checkpoint in that folder with what was written.
 
         Raises:
             CheckpointError: naming the file and its item, if it is missing, cut short, changed or unreadable.
         """
         record = self.files[name]
         try:
-            file = folder.open(name)
+            file = self.files_in(folder).open(name)
             if file.size_bytes != record.size_bytes:
                 problem = f"has {file.size_bytes} bytes instead of {record.size_bytes}"
             elif _checksum(file) != record.xxh3_128:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from accel_parallel.checkpoint.folder import Folder, LocalFolder, sync_to_disk
 from accel_parallel.checkpoint.layout import discard, previous_path, recover, remove_tree
+from accel_parallel.checkpoint.location import Location, is_remote, local_path
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME
 from accel_state.errors import CheckpointError
 
@@ -33,6 +34,10 @@ class Staging(Protocol):
     @property
     def location(self) -> str:
         """What it will be called."""
+
+    @property
+    def in_process(self) -> bool:
+        """Whether no other process would see the checkpoint."""
 
     def begin(self, pid: int) -> str:
         """Main process only. Make room, for as long as process `pid` lives; returns what the others find it by.
@@ -55,9 +60,13 @@ class Staging(Protocol):
         """Main process only. Remove what was written, as far as possible; does nothing after `publish`."""
 
 
-def staging_of(final: str | Path) -> Staging:
+def staging_of(final: Location) -> Staging:
     """Where a checkpoint of that name gathers."""
-    return LocalStaging(Path(final))
+    if is_remote(final):
+        from accel_parallel.checkpoint.remote import RemoteStaging
+
+        return RemoteStaging(str(final))
+    return LocalStaging(local_path(final))
 
 
 class LocalStaging:
@@ -70,6 +79,10 @@ class LocalStaging:
     @property
     def location(self) -> str:
         return str(self.final)
+
+    @property
+    def in_process(self) -> bool:
+        return False
 
     def begin(self, pid: int) -> str:
         final = self.final

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_parallel.checkpoint.codec import decode
-from accel_parallel.checkpoint.folder import Folder, LocalFolder
+from accel_parallel.checkpoint.folder import Folder, folder_of
 from accel_parallel.checkpoint.manifest import ItemRecord, Manifest
 from accel_parallel.checkpoint.tensor_file import StoredTensor, TensorFile
 from accel_state.errors import CheckpointError
@@ -28,7 +28,7 @@ class Checkpoint:
         Raises:
             CheckpointError: if the folder holds no complete checkpoint.
         """
-        self.folder: Folder = LocalFolder(folder) if isinstance(folder, (str, Path)) else folder
+        self.folder: Folder = folder_of(folder) if isinstance(folder, (str, Path)) else folder
         self.manifest = Manifest.read(self.folder)
         self._files: dict[str, TensorFile] = {}
         self._proved: set[str] = set()
@@ -119,7 +119,7 @@ class Checkpoint:
     def _open(self, name: str, item: str) -> TensorFile:
         if name not in self._files:
             try:
-                self._files[name] = TensorFile(self.folder, name)
+                self._files[name] = TensorFile(self.manifest.files_in(self.folder), name)
             except OSError as error:
                 raise self._unreadable(name, item, error) from error
         return self._files[name]
@@ -127,7 +127,7 @@ class Checkpoint:
     def _json(self, item: str) -> Any:
         name = f"{item}.json"
         try:
-            file = self.folder.open(name)
+            file = self.manifest.files_in(self.folder).open(name)
             return json.loads(bytes(file.view(0, file.size_bytes)))
         except (OSError, ValueError) as error:
             raise self._unreadable(name, item, error) from error
