@@ -15,7 +15,9 @@ from typing import Protocol
 
 import xxhash
 
-__all__ = ["CHUNK_BYTES", "File", "FileRecord", "Folder", "LocalFolder", "sync_to_disk"]
+from accel_parallel.checkpoint.location import Location, is_remote, local_path
+
+__all__ = ["CHUNK_BYTES", "File", "FileRecord", "Folder", "LocalFolder", "folder_of", "sync_to_disk"]
 
 CHUNK_BYTES = 1 << 22
 """What is read or written at once: large enough for a disk, small enough to hash while it is in the cache."""

@@ -11,6 +11,7 @@ from accel_parallel.checkpoint.manifest import MANIFEST_NAME
 from accel_state.errors import CheckpointError, ConfigError
 
 __all__ = [
+    "NUMBERED",
     "complete_checkpoints",
     "discard",
     "latest_checkpoint",
@@ -19,10 +20,12 @@ __all__ = [
     "previous_path",
     "prune",
     "recover",
+    "refuse_limit",
     "remove_tree",
 ]
 
-_NUMBERED = re.compile(r"checkpoint_([0-9]+)")
+NUMBERED = re.compile(r"checkpoint_([0-9]+)")
+"""Name of an automatically named checkpoint."""
 _ASIDE = re.compile(r"\.(checkpoint_([0-9]+))\.previous")
 
 
@@ -76,7 +79,7 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
         return []
     found = []
     for path in folder.iterdir():
-        match = _NUMBERED.fullmatch(path.name)
+        match = NUMBERED.fullmatch(path.name)
         if match and (path / MANIFEST_NAME).is_file():
             found.append((int(match[1]), path))
     return sorted(found)
@@ -99,7 +102,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     complete = complete_checkpoints(folder)
     if complete:
         return complete[-1][1]
-    broken = sorted(path.name for path in folder.iterdir() if _NUMBERED.fullmatch(path.name) and path.is_dir())
+    broken = sorted(path.name for path in folder.iterdir() if NUMBERED.fullmatch(path.name) and path.is_dir())
     if broken:
         raise CheckpointError(
             f"`{folder}` holds {', '.join(broken)}, and none of them has a `{MANIFEST_NAME}`, so none is complete. "
@@ -113,7 +116,7 @@ def next_number(folder: Path) -> int:
     if not folder.is_dir():
         return 0
     names = [path.name for path in folder.iterdir()]
-    numbers = [int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))]
+    numbers = [int(match[1]) for name in names if (match := NUMBERED.fullmatch(name))]
     numbers += [int(match[2]) for name in names if (match := _ASIDE.fullmatch(name))]
     return max(numbers, default=-1) + 1
 
@@ -129,14 +132,22 @@ def prune(folder: Path, *, total_limit: int, keep: Iterable[Path] = ()) -> list[
     Returns:
         What was removed.
     """
-    if total_limit < 1:
-        raise ConfigError(
-            f"`total_limit={total_limit}` would remove the checkpoint that was just written. Allow at least one, or "
-            f"leave the limit out to keep all."
-        )
+    refuse_limit(total_limit)
     protected = {path.resolve() for path in keep}
     complete = [path for _, path in complete_checkpoints(folder)]
     surplus = [path for path in complete[: max(0, len(complete) - total_limit)] if path.resolve() not in protected]
     for path in surplus:
         discard(path)
     return surplus
+
+
+def refuse_limit(total_limit: int) -> None:
+    """
+    Raises:
+        ConfigError: if no checkpoint may stay.
+    """
+    if total_limit < 1:
+        raise ConfigError(
+            f"`total_limit={total_limit}` would remove the checkpoint that was just written. Allow at least one, or "
+            f"leave the limit out to keep all."
+        )

@@ -18,7 +18,7 @@ from accel_state.topology import AXES
 if TYPE_CHECKING:
     from accel_state.process import Process
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "About", "ItemRecord", "Manifest"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "About", "ItemRecord", "Manifest", "placed"]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -30,6 +30,16 @@ def _seal(data: Mapping[str, Any]) -> str:
     """Checksum of values, whatever the white space around them."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _sealed(data: Mapping[str, Any]) -> str:
+    return json.dumps({**data, _SEAL: _seal(data)}, indent=1, sort_keys=True) + "\n"
+
+
+def placed(text: str, place: str) -> str:
+    """A manifest's text, for files that lie in the folder `place` below it."""
+    data = {key: value for key, value in json.loads(text).items() if key != _SEAL}
+    return _sealed({**data, "place": place})
 
 
 @dataclass(frozen=True, slots=True)
