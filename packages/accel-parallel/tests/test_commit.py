@@ -16,10 +16,17 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from accel_parallel.checkpoint import Checkpoint, Item, latest_checkpoint, next_number, numbered_path, save_checkpoint
+from accel_parallel.checkpoint import (
+    Checkpoint,
+    Item,
+    latest_checkpoint,
+    next_number,
+    numbered_path,
+    owner,
+    save_checkpoint,
+)
 from accel_parallel.checkpoint import commit as commit_module
 from accel_parallel.checkpoint import manifest as manifest_module
-from accel_parallel.checkpoint import staging as staging_module
 from accel_parallel.checkpoint.folder import sync_to_disk
 from accel_parallel.checkpoint.layout import previous_path, recover
 from accel_state import CheckpointError, Process, ProcessSettings
@@ -352,7 +359,7 @@ def test_all_ranks_raise_what_is_in_the_way(tmp_path: Path, way: str) -> None:
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
     child = subprocess.Popen(["true"])
     child.wait()
-    host = staging_module._host()
+    host = owner.host_name()
     dead = [f".checkpoint_7.tmp-{host}-{child.pid}-0123abcd", ".checkpoint_2.removed"]
     alive = [
         f".checkpoint_8.tmp-{host}-{os.getpid()}-0123abcd",
@@ -374,7 +381,7 @@ def test_others_processes_count_as_living(monkeypatch: pytest.MonkeyPatch) -> No
         raise PermissionError
 
     monkeypatch.setattr(os, "kill", refuse)
-    assert staging_module._lives(1)
+    assert owner.lives(1)
 
 
 @pytest.mark.usefixtures("_alone")

@@ -15,9 +15,7 @@ from typing import Protocol
 
 import xxhash
 
-from accel_parallel.checkpoint.location import Location, is_remote, local_path
-
-__all__ = ["CHUNK_BYTES", "File", "FileRecord", "Folder", "LocalFolder", "folder_of", "sync_to_disk"]
+__all__ = ["CHUNK_BYTES", "File", "FileRecord", "Folder", "LocalFolder", "sync_to_disk"]
 
 CHUNK_BYTES = 1 << 22
 """What is read or written at once: large enough for a disk, small enough to hash while it is in the cache."""
@@ -112,15 +110,6 @@ class LocalFolder:
         finally:
             os.close(descriptor)
         return FileRecord(size, digest.hexdigest())
-
-
-def folder_of(location: Location) -> Folder:
-    """The folder that a path or a URL names."""
-    if is_remote(location):
-        from accel_parallel.checkpoint.remote import RemoteFolder
-
-        return RemoteFolder(str(location))
-    return LocalFolder(local_path(location))
 
 
 class _LocalFile:

@@ -29,7 +29,7 @@ import xxhash
 from accel_parallel.checkpoint.folder import CHUNK_BYTES, File, FileRecord, Folder
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, Manifest, placed
 from accel_parallel.checkpoint.object_store import BLOCK_BYTES, ObjectStore
-from accel_parallel.checkpoint.staging import _host, _lives
+from accel_parallel.checkpoint.owner import host_name, lives
 from accel_state.errors import CheckpointError
 
 __all__ = ["LEFTOVER_AGE_S", "RemoteFolder", "RemoteStaging", "place_of", "remove_leftovers"]
@@ -205,11 +205,11 @@ def _is_gone(place: str) -> bool:
     assert match is not None
     if time.time() - int(match[1]) > LEFTOVER_AGE_S:
         return True
-    return match[2] == _plain_host() and not _lives(int(match[3]))
+    return match[2] == _plain_host() and not lives(int(match[3]))
 
 
 def _plain_host() -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", _host())
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", host_name())
 
 
 def _meant(store: ObjectStore) -> Manifest | None:

@@ -8,8 +8,6 @@ Imports no torch: the process that writes in the background has none.
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import secrets
 from pathlib import Path
@@ -19,9 +17,10 @@ from accel_parallel.checkpoint.folder import Folder, LocalFolder, sync_to_disk
 from accel_parallel.checkpoint.layout import discard, previous_path, recover, remove_tree
 from accel_parallel.checkpoint.location import Location, is_remote, local_path
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME
+from accel_parallel.checkpoint.owner import host_name, lives
 from accel_state.errors import CheckpointError
 
-__all__ = ["FAILURES", "LocalStaging", "Staging", "staging_of"]
+__all__ = ["FAILURES", "LocalStaging", "Staging", "folder_of", "staging_of"]
 
 FAILURES = (OSError, CheckpointError, RuntimeError, TypeError, ValueError, MemoryError)
 """What writing may raise, devices and odd states included. A rank that left with any of these instead of reporting it
@@ -69,6 +68,15 @@ def staging_of(final: Location) -> Staging:
     return LocalStaging(local_path(final))
 
 
+def folder_of(location: Location) -> Folder:
+    """The folder of the checkpoint that a path or a URL names."""
+    if is_remote(location):
+        from accel_parallel.checkpoint.remote import RemoteFolder
+
+        return RemoteFolder(str(location))
+    return LocalFolder(local_path(location))
+
+
 class LocalStaging:
     """Beside the final folder, under a name that nobody reads."""
 
@@ -93,7 +101,7 @@ class LocalStaging:
         final.parent.mkdir(parents=True, exist_ok=True)
         recover(final)
         _remove_leftovers(final)
-        temporary = final.with_name(f".{final.name}.tmp-{_host()}-{pid}-{secrets.token_hex(4)}")
+        temporary = final.with_name(f".{final.name}.tmp-{host_name()}-{pid}-{secrets.token_hex(4)}")
         temporary.mkdir()
         return str(temporary)
 
@@ -136,25 +144,8 @@ def _remove_leftovers(final: Path) -> None:
     """Remove temporary folders of processes of this host that are gone, and half-removed checkpoints."""
     for path in final.parent.glob(".*.tmp-*"):
         match = re.fullmatch(r"\..*\.tmp-(.+)-([0-9]+)-[0-9a-f]{8}", path.name)
-        if match and match[1] == _host() and not _lives(int(match[2])):
+        if match and match[1] == host_name() and not lives(int(match[2])):
             remove_tree(path)
     for path in final.parent.glob(".checkpoint_*.removed"):
         remove_tree(path)
     remove_tree(final.with_name(f".{final.name}.previous.removed"))
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _host() -> str:
-    """This host, and this container where it numbers its processes apart: elsewhere a number says nothing."""
-    namespace = Path("/proc/self/ns/pid")
-    apart = f"-{namespace.stat().st_ino}" if namespace.exists() else ""
-    return f"{platform.node() or 'localhost'}{apart}"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from accel_parallel.checkpoint.codec import decode
-from accel_parallel.checkpoint.folder import Folder, folder_of
+from accel_parallel.checkpoint.folder import Folder
 from accel_parallel.checkpoint.manifest import ItemRecord, Manifest
+from accel_parallel.checkpoint.staging import folder_of
 from accel_parallel.checkpoint.tensor_file import StoredTensor, TensorFile
 from accel_state.errors import CheckpointError
 

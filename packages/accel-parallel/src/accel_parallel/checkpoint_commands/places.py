@@ -11,7 +11,7 @@ from typing import Literal
 from accel_parallel.checkpoint.folder import Folder, LocalFolder
 from accel_parallel.checkpoint.layout import previous_path
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, Manifest
-from accel_parallel.checkpoint.staging import _host, _lives
+from accel_parallel.checkpoint.owner import host_name, lives
 from accel_state.errors import CheckpointError
 
 __all__ = ["Place", "State", "find_checkpoint", "open_folder", "survey"]
@@ -115,8 +115,8 @@ def _hidden(path: Path) -> Place | None:
     temporary = _TEMPORARY.fullmatch(path.name)
     if temporary:
         state: State = "of another host"
-        if temporary[1] == _host():
-            state = "being written" if _lives(int(temporary[2])) else "left behind"
+        if temporary[1] == host_name():
+            state = "being written" if lives(int(temporary[2])) else "left behind"
         return _unfinished(path, state)
     if _REMOVED.fullmatch(path.name):
         return _unfinished(path, "left behind")
