@@ -15,12 +15,12 @@ from typing import IO, Any, Protocol, cast
 
 import torch
 
-from accel_parallel.checkpoint.commit import on_main, prepare
+from accel_parallel.checkpoint.commit import on_main, prepare, raise_failures
 from accel_parallel.checkpoint.host_buffer import HostBuffer
 from accel_parallel.checkpoint.item import Item
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, About
 from accel_parallel.checkpoint.outgoing import Share, on_host
-from accel_parallel.checkpoint.staging import Staging, staging_of
+from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_parallel.checkpoint.tensor_file import StoredTensor
 from accel_parallel.checkpoint.writer import Job, Links, perform
 from accel_state.collectives import broadcast_object_list, gather_object
@@ -126,7 +126,8 @@ class BackgroundSaver:
         token = on_main(self.process, lambda: staging.begin(os.getpid()), "begin")
         try:
             share = outgoing.share(self.process)
-            buffer, ranges = self._filled(share)
+            buffer = self._reserved(share, staging)
+            ranges = self._filled(buffer, share)
         except BaseException:
             if is_main:
                 staging.abandon(token)
@@ -171,18 +172,26 @@ class BackgroundSaver:
             self._buffer.close()
             self._buffer = None
 
-    def _filled(self, share: Share) -> tuple[HostBuffer, list[tuple[str, list[tuple[int, int]]]]]:
-        device = self.process.device
+    def _reserved(self, share: Share, staging: Staging) -> HostBuffer:
+        """Every rank must call this. Room for this rank's files, or an error on every rank."""
         if self._buffer is None:
-            self._buffer = HostBuffer(pinned=device.type == "cuda")
-        self._buffer.begin(share.nbytes, share.num_parts)
+            self._buffer = HostBuffer(pinned=self.process.device.type == "cuda")
+        problem = None
+        try:
+            self._buffer.begin(share.nbytes, share.num_parts)
+        except FAILURES as error:
+            problem = f"no {share.nbytes} bytes of host memory to copy to, {type(error).__name__}: {error}"
+        raise_failures(gather_object([(self.process.topology.rank, problem)], process=self.process), staging)
+        return self._buffer
+
+    def _filled(self, buffer: HostBuffer, share: Share) -> list[tuple[str, list[tuple[int, int]]]]:
         ranges = []
         for file in share.files:
             contents: list[bytes | torch.Tensor] = [file.head, *(_plain(tensor) for tensor in file.tensors)]
-            ranges.append((file.name, [self._buffer.put(content) for content in contents]))
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return self._buffer, ranges
+            ranges.append((file.name, [buffer.put(content) for content in contents]))
+        if self.process.device.type != "cpu":
+            torch.accelerator.synchronize(self.process.device)
+        return ranges
 
 
 def _plain(tensor: torch.Tensor | StoredTensor) -> torch.Tensor:

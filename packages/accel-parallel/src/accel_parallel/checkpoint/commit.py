@@ -30,7 +30,7 @@ from accel_state.collectives import broadcast_object_list, gather_object
 from accel_state.errors import CheckpointError
 from accel_state.process import Process
 
-__all__ = ["agree", "begin", "on_main", "prepare", "save_checkpoint", "write_checkpoint"]
+__all__ = ["agree", "begin", "on_main", "prepare", "raise_failures", "save_checkpoint", "write_checkpoint"]
 
 _Path = TypeVar("_Path", str, Path)
 Written = tuple[dict[str, ItemRecord], dict[str, FileRecord]]
@@ -131,7 +131,7 @@ def prepare(items: Sequence[Item], *, spread: bool, staging: Staging, process: P
         outgoing = Outgoing(items, spread=spread)
     except FAILURES as error:
         problem = _said(error)
-    _raise_failures(gather_object([(process.topology.rank, problem)], process=process), staging)
+    raise_failures(gather_object([(process.topology.rank, problem)], process=process), staging)
     assert outgoing is not None
     return outgoing
 
@@ -154,7 +154,7 @@ def agree(written: Written, problem: str | None, staging: Staging, process: Proc
         CheckpointError: on every rank, if any could not; nothing was committed.
     """
     answers = gather_object([(process.topology.rank, written, problem)], process=process)
-    _raise_failures([(rank, problem) for rank, _, problem in answers], staging)
+    raise_failures([(rank, problem) for rank, _, problem in answers], staging)
     return [(rank, written) for rank, written, _ in answers]
 
 
@@ -213,7 +213,12 @@ def _merge(answers: Sequence[tuple[int, Written]]) -> Written:
     return items, files
 
 
-def _raise_failures(found: Iterable[tuple[int, str | None]], staging: Staging) -> None:
+def raise_failures(found: Iterable[tuple[int, str | None]], staging: Staging) -> None:
+    """Raise what ranks met, the same on every rank that was told the same.
+
+    Raises:
+        CheckpointError: naming each rank and its problem.
+    """
     failures = [f"rank {rank}: {problem}" for rank, problem in found if problem is not None]
     if failures:
         raise CheckpointError(
