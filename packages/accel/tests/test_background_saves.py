@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -113,8 +114,13 @@ def test_a_busy_save_is_the_one_that_is_returned(alone: None, tmp_path: Path) ->
 
 def children_of(pid: int, command: str) -> list[int]:
     """Processes that `pid` has started, by a word of their command line."""
-    children = [child for each in Path(f"/proc/{pid}/task").glob("*/children") for child in each.read_text().split()]
-    return [int(child) for child in children if command in Path(f"/proc/{child}/cmdline").read_text()]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid and command in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+    return found
 
 
 def failing(folder: str, later: str) -> tuple[str, list[str], bool]:
