@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accel_state.errors import ConfigError
 
-__all__ = ["Location", "child", "is_remote", "local_path"]
+__all__ = ["Location", "as_location", "child", "is_remote", "local_path"]
 
 Location = str | Path
 
@@ -41,6 +41,12 @@ def local_path(location: Location) -> Path:
     return Path(found[2]) if found else Path(location)
 
 
+def as_location(given: Location) -> Location:
+    """The same with one type for each kind: text for a URL, else a path."""
+    return str(given).rstrip("/") if is_remote(given) else local_path(given)
+
+
 def child(location: Location, name: str) -> Location:
     """What is called `name` in there; text for a URL, else a path."""
-    return f"{str(location).rstrip('/')}/{name}" if is_remote(location) else local_path(location) / name
+    place = as_location(location)
+    return f"{place}/{name}" if isinstance(place, str) else place / name

@@ -3,13 +3,14 @@
 Each save writes its files below a name of its own, ``<checkpoint>/files-<time>-<host>-<pid>-<random>/``, so no object
 is ever written twice, and the manifest says which of these it means (`Manifest.place`). What it says is replaced by
 one put, which takes effect whole or not at all: the commit. What no manifest means is a leftover, and goes when a
-later save into the same checkpoint finds that its process is gone.
+later save into the same checkpoint finds that its process is gone, or that it is a day old.
 
 Footguns handled:
 
 - A put that fails may have been done all the same. So files whose manifest was offered are never removed by the save
   that offered it.
-- A listing may be older than the manifest. So a save first lists what there is, and then asks what is meant.
+- Another save may commit at any time. So what may be removed is first listed, and then asked for what is meant; and
+  a save whose files somebody took for leftovers finds them gone and commits nothing.
 - Parts of a large object whose writer was killed show in no listing and are paid for. Let the bucket end unfinished
   uploads after some days (for S3, a lifecycle rule with ``AbortIncompleteMultipartUpload``); nothing else can.
 
@@ -18,6 +19,7 @@ Imports no torch: the process that writes in the background has none.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import secrets
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 LEFTOVER_AGE_S = 24 * 3600.0
 """Age at which files that no manifest means are those of a save that is gone, whatever process wrote them. On another
 host there is nothing else to tell by."""
+ORPHAN_AGE_S = 600.0
+"""The same where their process is known to be gone. What it started to write in the background may go on for a while."""
 
 _PLACE = re.compile(r"files-([0-9]+)-(.+)-([0-9]+)-[0-9a-f]{8}")
 
@@ -147,12 +151,20 @@ class RemoteStaging:
         self._store.remove([f"{_place(token)}/{name}"])
 
     def publish(self, token: str, manifest: str, *, sync: bool) -> None:
+        text = placed(manifest, _place(token))
+        present = set(self._store.names())
+        missing = [name for name in json.loads(text)["files"] if f"{_place(token)}/{name}" not in present]
+        if missing:
+            raise CheckpointError(
+                f"{_few(missing)} of `{self.location}` went before it was complete: another save took it for a "
+                f"leftover. Save again, and let each run have a place of its own."
+            )
         try:
             replaced = _objects(_meant(self._store))
-        except CheckpointError:  # not known; once their process is gone, they are leftovers
+        except CheckpointError:  # not known what it means: in a day, that is a leftover
             replaced = []
         self._offered.add(token)
-        self._store.put(MANIFEST_NAME, placed(manifest, _place(token)).encode())
+        self._store.put(MANIFEST_NAME, text.encode())
         self._remove(replaced)
 
     def abandon(self, token: str) -> None:
@@ -203,9 +215,9 @@ def remove_leftovers(store: ObjectStore, names: Iterable[str]) -> None:
 def _is_gone(place: str) -> bool:
     match = _PLACE.fullmatch(place)
     assert match is not None
-    if time.time() - int(match[1]) > LEFTOVER_AGE_S:
-        return True
-    return match[2] == _plain_host() and not lives(int(match[3]))
+    age_s = time.time() - int(match[1])
+    is_orphan = match[2] == _plain_host() and not lives(int(match[3]))
+    return age_s > (ORPHAN_AGE_S if is_orphan else LEFTOVER_AGE_S)
 
 
 def _plain_host() -> str:
