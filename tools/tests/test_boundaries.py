@@ -71,6 +71,20 @@ def test_owners_may_do_what_others_may_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import torch\nfrom pickle import UnpicklingError\nx = torch.load('f', weights_only=True)\n", []),
+        ("import torch\nx = torch.load('f', weights_only=False)\n", ["foreign.py:2 pickle"]),
+        ("import torch\nx = torch.load('f', weights_only=y)\n", ["foreign.py:2 pickle"]),
+        ("import torch\nx = torch.save('f', weights_only=True)\n", ["foreign.py:2 pickle"]),
+        ("from pickle import UnpicklingError, loads\n", ["foreign.py:1 pickle"]),
+    ],
+)
+def test_the_converter_reads_weights_only(tmp_path: Path, text: str, expected: list[str]) -> None:
+    assert violations(tmp_path, {"accel_parallel/checkpoint_commands/convert/foreign.py": text}) == expected
+
+
+@pytest.mark.parametrize(
     "back",
     [
         "from accel_data import a\n",

@@ -43,7 +43,8 @@ def compare_tensors(
         tolerance: what counts as different.
         step: called with the bytes of each piece that was read of `a`.
     """
-    lines = [f"{name}: only in A" for name in a if name not in b] + [f"{name}: only in B" for name in b if name not in a]
+    lines = [f"{name}: only in A" for name in a if name not in b]
+    lines += [f"{name}: only in B" for name in b if name not in a]
     differing: list[_Difference] = []
     common = [name for name in a if name in b]
     for name in common:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from accel_parallel.checkpoint.folder import Folder, LocalFolder, sync_to_disk
 from accel_parallel.checkpoint.layout import remove_tree
+from accel_parallel.checkpoint.location import is_remote
 from accel_parallel.checkpoint_commands.arguments import Arguments, size_in_bytes
 from accel_parallel.checkpoint_commands.places import find_checkpoint
 from accel_parallel.checkpoint_commands.progress import bytes_bar
@@ -53,6 +54,10 @@ def main(argv: Sequence[str]) -> int:
     options = arguments.read(argv)
     if options is None:
         return 0
+    if is_remote(options.output):
+        raise ConfigError(
+            f"`{options.output}` is a URL, and weights are written to this machine. Name a folder, and upload that."
+        )
     output = Path(options.output)
     _refuse_existing(output, force=options.force)
     names, total, ties = _consolidate(

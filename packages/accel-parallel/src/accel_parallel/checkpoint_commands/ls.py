@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from accel_parallel.checkpoint_commands.arguments import Arguments
@@ -22,7 +21,7 @@ A folder without a manifest is named as what it is: being written, left behind b
 
 examples
   accel checkpoint ls runs/7b                          a project folder
-  accel checkpoint ls runs/7b/checkpoints/checkpoint_3
+  accel checkpoint ls s3://bucket/7b                   an object store: complete numbered ones
   accel checkpoint ls runs/7b --json | jq '.[] | select(.is_latest) | .path'"""
 
 
@@ -34,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     options = arguments.read(argv)
     if options is None:
         return 0
-    places = survey(Path(options.folder))
+    places = survey(options.folder)
     if options.json:
         print(json.dumps([_data(place) for place in places], indent=1))
         return 0
@@ -51,29 +50,30 @@ def _lines(places: Sequence[Place]) -> list[str]:
     heads = ("", "name", "step", "written", "size", "world", "strategy", "state")
     rows = [_row(place, now) for place in places]
     lines = table(heads, rows, right=("step", "size"))
-    return lines + [f"{place.path.name}: {place.problem}" for place in places if place.problem]
+    return lines + [f"{place.name}: {place.problem}" for place in places if place.problem]
 
 
 def _row(place: Place, now: float) -> list[str]:
-    manifest, written = place.manifest, age_text(now - place.written_s)
+    manifest = place.manifest
+    written = "" if place.written_s is None else age_text(now - place.written_s)
     mark = "*" if place.is_latest else ""
     if manifest is None:
-        return [mark, place.path.name, "", written, "", "", "", place.state]
+        return [mark, place.name, "", written, "", "", "", place.state]
     mesh = " ".join(f"{axis}={size}" for axis, size in manifest.mesh.items())
     world = f"{manifest.world_size}{f' ({mesh})' if mesh else ''}"
     size = size_text(place.size_bytes or 0)
-    return [mark, place.path.name, f"{manifest.step:,}", written, size, world, manifest.strategy, place.state]
+    return [mark, place.name, f"{manifest.step:,}", written, size, world, manifest.strategy, place.state]
 
 
 def _data(place: Place) -> dict[str, Any]:
     manifest = place.manifest
     return {
-        "path": str(place.path),
-        "name": place.path.name,
+        "path": str(place.location),
+        "name": place.name,
         "state": place.state,
         "is_latest": place.is_latest,
         "number": place.number,
-        "written": datetime.fromtimestamp(place.written_s).astimezone().isoformat(timespec="seconds"),
+        "written": None if place.written_s is None else _time(place.written_s),
         "problem": place.problem or None,
         "step": None if manifest is None else manifest.step,
         "size_bytes": place.size_bytes,
@@ -81,3 +81,7 @@ def _data(place: Place) -> dict[str, Any]:
         "mesh": None if manifest is None else dict(manifest.mesh),
         "strategy": None if manifest is None else manifest.strategy,
     }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")

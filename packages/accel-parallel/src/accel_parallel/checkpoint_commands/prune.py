@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel_parallel.checkpoint.layout import discard, remove_tree
+from accel_parallel.checkpoint.location import is_remote
+from accel_parallel.checkpoint.shelf import shelf_of
 from accel_parallel.checkpoint_commands.arguments import Arguments, whole_number
 from accel_parallel.checkpoint_commands.places import Place, survey
 from accel_parallel.checkpoint_commands.text import size_text
@@ -53,13 +55,13 @@ def main(argv: Sequence[str]) -> int:
     options = arguments.read(argv)
     if options is None:
         return 0
-    plan = plan_removal(survey(Path(options.folder)), keep=options.keep, every=options.every)
+    plan = plan_removal(survey(options.folder), keep=options.keep, every=options.every)
     going = [*plan.checkpoints, *plan.leftovers]
     if not going:
         print(f"Nothing to remove: {_count(len(plan.kept), 'complete checkpoint')} under {options.folder}.")
         return 0
     for place in going:
-        print(f"{'would remove' if options.dry_run else 'remove'}  {place.path}  {_about(place)}")
+        print(f"{'would remove' if options.dry_run else 'remove'}  {place.location}  {_about(place)}")
     total = sum(place.size_bytes or 0 for place in going)
     print(
         f"{_count(len(plan.checkpoints), 'checkpoint')} of {size_text(total)}, and "
@@ -70,7 +72,10 @@ def main(argv: Sequence[str]) -> int:
     if not options.yes and not _agreed(len(going)):
         print("Nothing was removed.")
         return 0
-    _remove(plan)
+    if is_remote(options.folder):
+        _remove_remote(plan, options.keep)
+    else:
+        _remove(plan)
     return 0
 
 
@@ -82,15 +87,20 @@ def plan_removal(places: Sequence[Place], *, keep: int, every: int | None = None
         keep: how many of the newest complete numbered ones stay, at least one.
         every: whether others whose number is a multiple of it stay too.
     """
-    complete = [place for place in places if place.number is not None and place.state in ("complete", "set aside")]
+    complete = [place for place in places if place.number is not None and place.is_complete]
     complete.sort(key=lambda place: place.number or 0)
+    newest = {id(place) for folder in {place.folder for place in complete} for place in _newest(complete, folder, keep)}
     going = [
         place
-        for place in complete[: max(0, len(complete) - keep)]
-        if not place.is_latest and (every is None or (place.number or 0) % every)
+        for place in complete
+        if id(place) not in newest and not place.is_latest and (every is None or (place.number or 0) % every)
     ]
     leftovers = [place for place in places if place.state == "left behind"]
     return Plan(tuple(going), tuple(leftovers), tuple(place for place in complete if place not in going))
+
+
+def _newest(complete: Sequence[Place], folder: str, count: int) -> Sequence[Place]:
+    return [place for place in complete if place.folder == folder][-count:]
 
 
 def _remove(plan: Plan) -> None:
@@ -101,17 +111,23 @@ def _remove(plan: Plan) -> None:
         )
 
 
+def _remove_remote(plan: Plan, keep: int) -> None:
+    """The same in an object store, which knows by itself what else is left there."""
+    for folder in {place.folder for place in plan.checkpoints}:
+        shelf_of(folder).prune(total_limit=keep, keep=[place.location for place in plan.kept])
+
+
 def _problem_removing(place: Place) -> str | None:
     """Remove a folder; why it is still there, if it is. The run itself may have removed it meanwhile."""
-    problem = ""
+    path, problem = Path(place.location), ""
     try:
         if place.manifest is not None:
-            discard(place.path)
+            discard(path)
         else:
-            remove_tree(place.path)
+            remove_tree(path)
     except OSError as error:
         problem = f" ({error})"
-    return f"`{place.path}`{problem}" if place.path.exists() else None
+    return f"`{path}`{problem}" if path.exists() else None
 
 
 def _agreed(count: int) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, cast
 
-from accel_parallel.checkpoint.folder import File, FileRecord, Folder
+from accel_parallel.checkpoint.folder import File, Folder
+from accel_parallel.checkpoint.location import is_remote
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, Manifest
 from accel_parallel.checkpoint_commands.arguments import Arguments, whole_number
 from accel_parallel.checkpoint_commands.places import find_checkpoint
@@ -51,7 +53,7 @@ def _prove(folder: Folder, jobs: int) -> bool:
     names = sorted(manifest.files, key=lambda name: -manifest.files[name].size_bytes)
     total = sum(each.size_bytes for each in manifest.files.values())
     with bytes_bar(total, "verify") as step, ThreadPoolExecutor(jobs) as pool:
-        watched = _Watched(folder, step)
+        watched = cast(Folder, _Watched(folder, step))
         running = [pool.submit(_problem, manifest, watched, name) for name in names]
         try:
             problems = [problem for each in running if (problem := each.result()) is not None]
@@ -77,28 +79,25 @@ def _problem(manifest: Manifest, folder: Folder, name: str) -> str | None:
 
 
 def _unknown(folder: Folder, manifest: Manifest) -> list[str]:
+    if is_remote(folder.location):  # where files of other saves lie beside those that the manifest means
+        return []
     return sorted(set(os.listdir(folder.location)) - set(manifest.files) - {MANIFEST_NAME})
 
 
-@dataclass(frozen=True, slots=True)
 class _Watched:
     """A folder whose files tell how far they have been read."""
 
-    folder: Folder
-    step: Callable[[int], None]
-
-    @property
-    def location(self) -> str:
-        return self.folder.location
+    def __init__(self, folder: Folder, step: Callable[[int], None]) -> None:
+        self._folder, self._step = folder, step
 
     def open(self, name: str) -> File:
-        return _WatchedFile(self.folder.open(name), self.step)
+        return _WatchedFile(self._folder.open(name), self._step)
 
-    def holds(self, name: str) -> bool:
-        return self.folder.holds(name)
+    def below(self, place: str) -> Folder:
+        return cast(Folder, _Watched(self._folder.below(place), self._step))
 
-    def write(self, name: str, chunks: Iterable[bytes | memoryview], *, sync: bool) -> FileRecord:
-        return self.folder.write(name, chunks, sync=sync)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._folder, name)
 
 
 @dataclass(frozen=True, slots=True)
