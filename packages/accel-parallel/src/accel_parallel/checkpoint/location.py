@@ -43,7 +43,10 @@ def local_path(location: Location) -> Path:
 
 def as_location(given: Location) -> Location:
     """The same with one type for each kind: text for a URL, else a path."""
-    return str(given).rstrip("/") if is_remote(given) else local_path(given)
+    if not is_remote(given):
+        return local_path(given)
+    protocol, slashes, rest = str(given).partition("://")
+    return protocol + slashes + rest.rstrip("/")
 
 
 def child(location: Location, name: str) -> Location:

@@ -13,9 +13,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import has_magic
+from pathlib import PurePosixPath
 from typing import Any
 from uuid import uuid4
 
+from accel_parallel.checkpoint.location import as_location
 from accel_state.errors import ConfigError, MissingDependencyError
 
 __all__ = ["BLOCK_BYTES", "ObjectStore"]
@@ -48,7 +50,7 @@ class ObjectStore:
             ConfigError: if nothing is known of such URLs, or it names no place in its store.
             MissingDependencyError: if what opens them is not installed.
         """
-        self.url = url.rstrip("/")
+        self.url = str(as_location(url))
         self._fs, self._root = _open(self.url)
         self._protocol = url.partition("://")[0].lower()
 
@@ -155,8 +157,8 @@ class ObjectStore:
                 self._remove_folders(names)
 
     def _remove_folders(self, names: Iterable[str]) -> None:
-        folders = {name.rpartition("/")[0] for name in names}
-        for folder in sorted(folders - {""}, key=len, reverse=True):
+        folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+        for folder in sorted(folders - {"."}, key=len, reverse=True):
             with suppress(OSError):  # something else lies there
                 self._fs.rmdir(self._path(folder))
 

@@ -42,7 +42,7 @@ LEFTOVER_AGE_S = 24 * 3600.0
 """Age at which files that no manifest means are those of a save that is gone, whatever process wrote them. On another
 host there is nothing else to tell by."""
 ORPHAN_AGE_S = 600.0
-"""The same where their process is known to be gone. What it started to write in the background may go on for a while."""
+"""The same where their process is known to be gone; what it writes in the background may go on for a while."""
 
 _PLACE = re.compile(r"files-([0-9]+)-(.+)-([0-9]+)-[0-9a-f]{8}")
 
@@ -92,6 +92,8 @@ class _RemoteFile:
         """Where what was fetched last begins, and that: neighbours are asked for next, and often small."""
 
     def view(self, begin: int, end: int) -> memoryview:
+        if begin >= end:
+            return memoryview(bytearray())
         first, data = self._ahead
         if not first <= begin <= end <= first + len(data):
             first, data = begin, self._fetch(begin, max(end, min(self.size_bytes, begin + CHUNK_BYTES)))
@@ -104,7 +106,7 @@ class _RemoteFile:
             yield memoryview(self._fetch(begin, min(self.size_bytes, begin + BLOCK_BYTES)))
 
     def _fetch(self, begin: int, end: int) -> bytes:
-        data = self._store.read(self._name, begin, end) if begin < end else b""
+        data = self._store.read(self._name, begin, end)
         if len(data) != end - begin:
             raise OSError(
                 f"`{self._store.url}/{self._name}` gave {len(data)} bytes instead of {end - begin} from {begin} on: it "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from accel_parallel.checkpoint.layout import NUMBERED, refuse_limit
-from accel_parallel.checkpoint.location import Location
+from accel_parallel.checkpoint.location import Location, as_location
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME
 from accel_parallel.checkpoint.object_store import ObjectStore
 from accel_parallel.checkpoint.remote import place_of, remove_leftovers
@@ -54,7 +54,7 @@ class RemoteShelf:
     def prune(self, *, total_limit: int, keep: Iterable[Location] = ()) -> list[Location]:
         """As of a `Shelf`; also removes what saves that are gone left in any of the checkpoints."""
         refuse_limit(total_limit)
-        protected = {str(each).rstrip("/") for each in keep}
+        protected = {str(as_location(each)) for each in keep}
         found = self._objects()
         complete = _complete(found)
         oldest = complete[: max(0, len(complete) - total_limit)]
