@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import checkpoint as saving
 from benchmarks import compile as compilation
 from benchmarks import ddp, deepspeed, dispatch, fsdp, gather, importing, launch, loader, page, resume, step
 from benchmarks.compare import Comparison, Outcome
@@ -24,7 +25,7 @@ from benchmarks.sides import Side, inspect_sides
 
 __all__ = ["main"]
 
-MEASUREMENTS = (step, ddp, fsdp, deepspeed, gather, loader, dispatch, resume, launch, importing, compilation)
+MEASUREMENTS = (step, ddp, fsdp, deepspeed, gather, loader, dispatch, resume, saving, launch, importing, compilation)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

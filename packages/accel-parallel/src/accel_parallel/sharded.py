@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "Box", "box_of", "in_memory", "is_divided", "is_sharded", "like", "local_of", "owned_pieces", "part_of",
-    "range_of", "total_norm", "whole",
+    "Box", "box_of", "in_memory", "in_memory_all", "is_divided", "is_sharded", "like", "local_of", "owned_pieces",
+    "part_of", "range_of", "to_copy", "total_norm", "whole",
 ]  # fmt: skip
+
+_NUM_READERS = 4
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
@@ -119,6 +121,19 @@ def range_of(value: torch.Tensor | FlatPart | _Stored, start: int, numel: int) -
 def in_memory(value: Any) -> Any:
     """A tensor that is stored in files, read; anything else as it is."""
     return value.read() if isinstance(getattr(value, "shape", None), torch.Size) and hasattr(value, "read") else value
+
+
+def in_memory_all(values: Sequence[Any]) -> list[Any]:
+    """Each of them as of `in_memory`, several files' worth read at once: memory that is new takes longest to fill."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        return list(pool.map(in_memory, values))
+
+
+def to_copy(value: Any) -> Any:
+    """A tensor that is stored in files, in memory that is only good for copying from; anything else as it is."""
+    return value.view() if isinstance(getattr(value, "shape", None), torch.Size) and hasattr(value, "read") else value
 
 
 def like(local: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

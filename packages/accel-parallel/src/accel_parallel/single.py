@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from accel_parallel.clip import check_clip, gradients_of, scale_gradients_
-from accel_parallel.sharded import in_memory
+from accel_parallel.sharded import in_memory_all, to_copy
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import DistributedType, Process
@@ -180,7 +180,7 @@ class SingleStrategy:
     def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         inner = self.unwrap(model)
         self.check_model_state(self.model_state(inner), state)
-        inner.load_state_dict({name: in_memory(value) for name, value in state.items()}, strict=True)
+        inner.load_state_dict({name: to_copy(value) for name, value in state.items()}, strict=True)
 
     @staticmethod
     def check_model_state(present: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
@@ -233,9 +233,11 @@ class SingleStrategy:
             settings = {key: value for key, value in saved.items() if key not in ("param_shapes", "param_dtypes")}
             groups.append({**settings, "params": list(range(offset, offset + count))})
             offset += count
-        held = {
-            name: {key: in_memory(value) for key, value in entries.items()} for name, entries in state.state.items()
-        }
+        places = [(name, key) for name, entries in state.state.items() for key in entries]
+        values = in_memory_all([state.state[name][key] for name, key in places])
+        held: dict[str, dict[str, Any]] = {name: {} for name in state.state}
+        for (name, key), value in zip(places, values, strict=True):
+            held[name][key] = value
         optimizer.load_state_dict(
             {"state": {position[name]: entries for name, entries in held.items()}, "param_groups": groups}
         )
