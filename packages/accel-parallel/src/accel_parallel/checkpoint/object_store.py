@@ -88,8 +88,13 @@ class ObjectStore:
         with self._translated(name):
             return bytes(self._fs.cat_file(self._path(name), start=begin or None, end=end))
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes, *, beside: str | None = None) -> None:
         """Make an object of these bytes, or let it have them: at once, or not at all.
+
+        Args:
+            name: of the object.
+            data: its bytes.
+            beside: a name to put it under first, where only moving it is whole.
 
         Raises:
             OSError: whatever the store says. It may have done it all the same.
@@ -98,14 +103,14 @@ class ObjectStore:
             if self._protocol in _PUTS_WHOLE:
                 self._fs.pipe_file(self._path(name), data)
                 return
-            beside = f"{self._path(name)}.{uuid4().hex}"
+            first = self._path(beside or f"{name}.{uuid4().hex}")
             self._make_parent(name)
             try:
-                self._fs.pipe_file(beside, data)
-                self._fs.mv(beside, self._path(name))
+                self._fs.pipe_file(first, data)
+                self._fs.mv(first, self._path(name))
             finally:
                 with suppress(FileNotFoundError):  # it was moved
-                    self._fs.rm_file(beside)
+                    self._fs.rm_file(first)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Any]:

@@ -166,7 +166,7 @@ class RemoteStaging:
         except CheckpointError:  # not known what it means: in a day, that is a leftover
             replaced = []
         self._offered.add(token)
-        self._store.put(MANIFEST_NAME, text.encode())
+        self._store.put(MANIFEST_NAME, text.encode(), beside=f"{_place(token)}/{MANIFEST_NAME}")
         self._remove(replaced)
 
     def abandon(self, token: str) -> None:
