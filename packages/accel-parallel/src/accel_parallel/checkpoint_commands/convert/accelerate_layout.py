@@ -23,7 +23,7 @@ from accel_state.errors import CheckpointError
 
 __all__ = ["read_accelerate"]
 
-_COMPILED, _WRAPPED = "_orig_mod.", "module."
+_COMPILED = "_orig_mod."
 
 
 def read_accelerate(folder: Path, asked: Asked) -> Found:
@@ -122,13 +122,12 @@ def _divided_weights(path: Path) -> dict[str, Leaf]:
 
 
 def _unwrapped(tensors: dict[str, Leaf], found: Found) -> dict[str, Leaf]:
-    """Without what wrappers put in front of every name: `torch.compile`, and DDP where there were several processes."""
-    for prefix, is_meant in ((_COMPILED, True), (_WRAPPED, found.world_size > 1), (_COMPILED, True)):
-        stripped = strip(tensors, prefix) if is_meant else None
-        if stripped is not None:
-            tensors = stripped
-            found.notes.append(f"`{prefix}`, which a wrapper put in front of all names of weights, was removed")
-    return tensors
+    """Without what `torch.compile` puts in front of every name. accelerate keeps models as they were before DDP."""
+    stripped = strip(tensors, _COMPILED)
+    if stripped is None:
+        return tensors
+    found.notes.append(f"`{_COMPILED}`, which `torch.compile` puts in front of names, was removed")
+    return stripped
 
 
 def _add_optimizers(folder: Path, found: Found, asked: Asked, ordered: bool) -> None:
