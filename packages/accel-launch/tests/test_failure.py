@@ -284,6 +284,56 @@ except KeyboardInterrupt:
     assert err.count("saved\n") == 2
 
 
+SAVES = (
+    PREAMBLE
+    + """
+def save(*args):
+    time.sleep(2.5)
+    open(f"saved{rank}", "w").close()
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, save)
+up()
+time.sleep(60)
+"""
+)
+
+
+@pytest.mark.parametrize("grace", [None, "20"])
+def test_a_grace_period_leaves_time_for_a_last_checkpoint(launcher: Any, grace: str | None) -> None:
+    flags = [] if grace is None else ["--grace-period", grace]
+    process = launcher.start("--num-processes", "2", *flags, launcher.script(SAVES))
+    launcher.wait_for_files("up0", "up1")
+    before = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert not launcher.alive()
+    if grace is None:
+        assert not (launcher.folder / "saved0").exists()
+    else:
+        launcher.wait_for_files("saved0", "saved1")
+        assert time.monotonic() - before < 15  # it does not wait longer than it has to
+
+
+def test_other_signals_are_passed_on_and_end_nothing(launcher: Any) -> None:
+    script = launcher.script(
+        PREAMBLE
+        + """
+signal.signal(signal.SIGUSR1, lambda *args: open(f"told{rank}", "w").close())
+up()
+wait("go")
+"""
+    )
+    process = launcher.start("--num-processes", "2", script)
+    launcher.wait_for_files("up0", "up1")
+    process.send_signal(signal.SIGUSR1)
+    launcher.wait_for_files("told0", "told1")
+    (launcher.folder / "upgo").touch()
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+
+
 def test_ctrl_c_twice_does_not_wait(launcher: Any) -> None:
     process = launcher.start("--num-processes", "2", launcher.script(STUBBORN))
     launcher.wait_for_files("up0", "up1")

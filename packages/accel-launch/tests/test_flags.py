@@ -26,6 +26,7 @@ def test_flags_are_these() -> None:
         "--main-process-port PORT",
         "--debug",
         "--timeout SECONDS",
+        "--grace-period SECONDS",
         "--log-dir DIR",
         "--dry-run",
         "-q, --quiet",

@@ -130,6 +130,13 @@ FLAGS: tuple[Flag, ...] = (
         help="How long a collective waits for its peers (default: 1800).",
     ),
     Flag(
+        name="grace-period",
+        group=_FAULTS,
+        value="SECONDS",
+        help="After Ctrl-C, SIGTERM or SIGHUP: how long processes have to end by\n"
+        "themselves, a last checkpoint included (default: 1.4).",
+    ),
+    Flag(
         name="log-dir",
         group=_FAULTS,
         value="DIR",

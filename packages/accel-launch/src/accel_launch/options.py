@@ -46,6 +46,9 @@ class LaunchOptions:
     """Compare shapes and dtypes over all ranks before each collective."""
     timeout: float | None = None
     """Seconds that a collective waits for its peers."""
+    grace_period: float | None = None
+    """Seconds that processes have to end by themselves, a last checkpoint included, once the launcher was asked to end
+    by Ctrl-C, SIGTERM or SIGHUP. Not given: 1.4."""
     log_dir: str | None = None
     """Folder that gets the whole output of each rank, what is held back included."""
     quiet: bool = False
@@ -60,17 +63,22 @@ class LaunchOptions:
             _check_count(name, getattr(self, name))
         self._check_exclusive("cpu", "multi_gpu", "one forbids the devices that the other requires")
         self._check_exclusive("module", "no_python", "a module is run by python and a program is not")
-        if self.timeout is not None and not (self.timeout > 0 and isfinite(self.timeout)):
-            raise ConfigError(
-                f"`--timeout {self.timeout:g}` is no time that a collective could wait. "
-                f"Give a positive number of seconds, or leave it out for 1800."
-            )
+        self._check_seconds("timeout", "that a collective could wait", "1800")
+        self._check_seconds("grace_period", "to end in", "1.4")
         if self.main_process_port is not None and not 1 <= self.main_process_port <= 65535:
             raise ConfigError(
                 f"`--main-process-port {self.main_process_port}` is not a TCP port: those are 1 to 65535. "
                 f"Give one of them, or leave it out for a free one."
             )
         self._check_machines()
+
+    def _check_seconds(self, name: str, what: str, default: str) -> None:
+        seconds = getattr(self, name)
+        if seconds is not None and not (seconds > 0 and isfinite(seconds)):
+            raise ConfigError(
+                f"`{_flag(name)} {seconds:g}` is no time {what}. "
+                f"Give a positive number of seconds, or leave it out for {default}."
+            )
 
     def _check_exclusive(self, first: str, second: str, why: str) -> None:
         if getattr(self, first) and getattr(self, second):

@@ -58,6 +58,8 @@ class LaunchPlan:
     """Settings of the launch itself."""
     run_config: RunConfig
     """Settings of the run as the launch alone makes them; arguments of ``Accelerator(...)`` win over them."""
+    grace_period: float | None
+    """Seconds to end in once asked from outside; ``None`` for the launcher's own."""
     log_dir: str | None
     quiet: bool
 
@@ -125,6 +127,7 @@ def plan_launch(options: LaunchOptions, host: Host, script: str, args: Sequence[
             *_described(options, world_size.value, threads),
         ),
         run_config=RunConfig(**launch_settings.values, sources=launch_settings.sources),
+        grace_period=options.grace_period,
         log_dir=options.log_dir,
         quiet=options.quiet,
     )
@@ -283,4 +286,6 @@ def _described(options: LaunchOptions, world_size: int, threads: Setting | None)
                 source="--main-process-port" if port else "default on one machine",
             ),
         ]
+    if options.grace_period is not None:
+        described.append(Setting(name="grace_period", value=options.grace_period, source="--grace-period"))
     return (*described, *([threads] if threads else []))

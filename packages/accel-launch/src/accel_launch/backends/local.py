@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accel_launch.backends.guard import Guard
 from accel_launch.backends.report import describe_failure, describe_interruption
-from accel_launch.backends.signals import SignalPipe
+from accel_launch.backends.signals import PASSED_ON, SignalPipe
 from accel_launch.backends.streams import Stream, write_all
 from accel_launch.backends.worker import Worker
 from accel_launch.plan import LaunchPlan
@@ -133,6 +133,8 @@ class _Run:
             for worker in self._workers:
                 for stream in worker.streams:
                     stream.resize()
+        elif number in PASSED_ON:
+            self._send(number)
         elif self._signal is not None:
             self._send(signal.SIGKILL)  # asked a second time
         else:
@@ -175,9 +177,13 @@ class _Run:
     def _stop(self, first: signal.Signals) -> None:
         now = time.monotonic()
         self._num_stopped = sum(worker.is_alive and worker is not self._root for worker in self._workers)
-        self._steps = [(now, first), (now + _KILL_AFTER_S, signal.SIGKILL)]
+        # Who ends since another failed has nothing to save: it could not agree with that one.
+        grace = self._plan.grace_period if self._signal is not None else None
+        kill_after = _KILL_AFTER_S if grace is None else grace
+        self._steps = [(now, first), (now + kill_after, signal.SIGKILL)]
         if first == signal.SIGINT:
-            self._steps.insert(1, (now + _TERMINATE_AFTER_S, signal.SIGTERM))
+            terminate_after = _TERMINATE_AFTER_S if grace is None else grace / 2
+            self._steps.insert(1, (now + terminate_after, signal.SIGTERM))
 
     def _send(self, number: signal.Signals) -> None:
         for worker in self._workers:

@@ -6,13 +6,15 @@ import signal
 import socket
 from types import FrameType, TracebackType
 
-__all__ = ["SignalPipe"]
+__all__ = ["PASSED_ON", "SignalPipe"]
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+"""By which a scheduler speaks to the script: what they mean is its matter."""
 
 
 class SignalPipe:
-    """While open, the signals that stop a launch, the end of a child and a new window size arrive here.
+    """While open, the signals that stop a launch or are passed on, the end of a child and a new window size come here.
 
     A signal that this process was started to ignore (as nohup does with SIGHUP) stays ignored. Open it in
     the main thread.
@@ -24,8 +26,8 @@ class SignalPipe:
         self._writer.setblocking(False)
         self._previous = {
             number: signal.signal(number, _wake)
-            for number in (*_STOPPING, signal.SIGCHLD, signal.SIGWINCH)
-            if not (number in _STOPPING and signal.getsignal(number) is signal.SIG_IGN)
+            for number in (*_STOPPING, *PASSED_ON, signal.SIGCHLD, signal.SIGWINCH)
+            if not (number in (*_STOPPING, *PASSED_ON) and signal.getsignal(number) is signal.SIG_IGN)
         }
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         return self
