@@ -83,11 +83,9 @@ def perform(job: Job, memory: memoryview, links: Links) -> None:
     try:
         files = _written(folder, job, memory)
     except FAILURES as error:
-        problem = f"rank {job.rank}: {type(error).__name__}: {error}"
+        problem = f"rank {job.rank}: {_said(error)}"
     if job.about is None:
         _leave_receipt(folder, job, files, problem)
-        if problem is not None:
-            raise CheckpointError(_could_not(job, problem))
         links.told("written")
         return
     try:
@@ -95,6 +93,8 @@ def perform(job: Job, memory: memoryview, links: Links) -> None:
             raise CheckpointError(_could_not(job, problem))
         links.told("written")
         _commit(staging, job, files, links)
+    except OSError as error:
+        raise CheckpointError(_could_not(job, _said(error))) from error
     finally:
         staging.abandon(job.token)
     _prune(job)
@@ -110,14 +110,16 @@ def _written(folder: Folder, job: Job, memory: memoryview) -> dict[str, FileReco
 
 
 def _leave_receipt(folder: Folder, job: Job, files: Mapping[str, FileRecord], problem: str | None) -> None:
+    """Tell the main process's writer what this rank wrote, or that it could not; then raise the same here."""
     records = {name: asdict(record) for name, record in files.items()}
     receipt = {"items": job.items, "files": records, "problem": problem}
     try:
         folder.write(_receipt_of(job.rank), [json.dumps(receipt).encode()], sync=False)
-    except FAILURES:
-        if problem is None:
-            raise
-        # A full disk: this rank tells its own run, which tells the main process.
+    except FAILURES as error:
+        # Such as a full disk: this rank tells its own run, which tells the main process.
+        problem = problem or f"rank {job.rank}: {_said(error)}"
+    if problem is not None:
+        raise CheckpointError(_could_not(job, problem))
 
 
 def _receipt_of(rank: int) -> str:
@@ -144,7 +146,7 @@ def _commit(staging: Staging, job: Job, files: dict[str, FileRecord], links: Lin
     try:
         staging.publish(job.token, About(**job.about).manifest_of(items, files).to_json(), sync=job.sync)
     except FAILURES as error:
-        raise CheckpointError(_could_not(job, f"{type(error).__name__}: {error}")) from error
+        raise CheckpointError(_could_not(job, _said(error))) from error
 
 
 def _receipts(folder: Folder, job: Job, links: Links) -> Iterator[tuple[int, Any]]:
@@ -195,6 +197,10 @@ def _could_not(job: Job, problem: str) -> str:
         f"The checkpoint `{job.location}` could not be written ({problem}), and nothing of it was kept; earlier ones "
         f"are untouched. Correct what is named there, or choose another folder, then save again."
     )
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 # As a process of its own
