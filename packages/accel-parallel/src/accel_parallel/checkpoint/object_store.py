@@ -129,7 +129,10 @@ class ObjectStore:
                     self._throw_away(stream, name)
 
     def names(self) -> list[str]:
-        """Every object, by its name below the URL; `""` stands for one that is the URL itself."""
+        """Every object, by its name below the URL; `""` stands for one that is the URL itself.
+
+        Empty objects that stand for folders, as consoles make them, are left out.
+        """
         with self._translated(""):
             self._fs.invalidate_cache()
             try:
@@ -137,9 +140,9 @@ class ObjectStore:
             except FileNotFoundError:
                 return []
         return sorted(
-            path[len(self._root) :].strip("/")
+            path[len(self._root) + 1 :]
             for path in found
-            if path == self._root or path.startswith(f"{self._root}/")
+            if path == self._root or (path.startswith(f"{self._root}/") and not path.endswith("/"))
         )
 
     def remove(self, names: Iterable[str]) -> None:
