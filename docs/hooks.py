@@ -1,4 +1,4 @@
-"""Adds to the site what is written elsewhere: the architecture, measurements, and a reference page a package."""
+"""Adds to the site what is written elsewhere: the architecture, the format of checkpoints, measurements, and a reference page a package."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def on_config(config: Any) -> Any:
     """Complete the navigation."""
     if (HERE / "pages" / "benchmarks.md").exists():
         config.nav.append({"Benchmarks": "benchmarks.md"})
+    config.nav.append({"Checkpoint format": "checkpoint-format.md"})
     config.nav.append({"Architecture": "architecture.md"})
     config.nav.append({"Reference": [{name: f"reference/{name}.md"} for name in _packages()]})
     return config
@@ -22,8 +23,8 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that no file in pages/ holds."""
-    architecture = (HERE / "architecture.md").read_text(encoding="utf-8")
-    files.append(File.generated(config, "architecture.md", content=architecture))
+    for page in ("architecture.md", "checkpoint-format.md"):
+        files.append(File.generated(config, page, content=(HERE / page).read_text(encoding="utf-8")))
     for name in _packages():
         files.append(File.generated(config, f"reference/{name}.md", content=_reference(name)))
     return files
