@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-SOAK = [sys.executable, Path(__file__).parents[1] / "tools" / "soak.py", "--blocking-only"]
+SOAK = [sys.executable, Path(__file__).parents[1] / "tools" / "soak.py"]
 
 
 @pytest.mark.timeout(200)

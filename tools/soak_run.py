@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel import Accelerator, ProjectConfiguration, set_seed
+from accel_parallel.checkpoint import PendingSave
 
 SPOILS = ("generators", "custom", "weight")
 """What `--spoil` can leave wrong after a resume, to show that the comparison notices."""
@@ -110,7 +111,7 @@ class Saver:
         self._journal = journal
         self._every = every
         self._blocking_only = blocking_only
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, PendingSave] | None = None
         """The step of a save in the background, and its handle."""
 
     def after_step(self, step: int) -> None:
@@ -124,8 +125,7 @@ class Saver:
             self._accelerator.save_state()
             self._say(step)
         else:
-            handle: Any = self._accelerator.save_state(blocking=False)  # type: ignore[call-arg, unused-ignore]
-            self._pending = (step, handle)
+            self._pending = (step, self._accelerator.save_state(blocking=False))
 
     def _say(self, step: int) -> None:
         if self._accelerator.is_main_process:

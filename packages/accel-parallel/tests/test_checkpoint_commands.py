@@ -70,7 +70,7 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def test_ls_names_every_kind_of_folder(tmp_path: Path, say: Say) -> None:
-    first, second, third = write_run(tmp_path, 3)
+    first, second, _third = write_run(tmp_path, 3)
     shelf = first.parent
     write(shelf / "by hand")
     (shelf / "checkpoint_7").mkdir()
@@ -98,7 +98,8 @@ def test_ls_names_every_kind_of_folder(tmp_path: Path, say: Say) -> None:
     assert [place.name for place in survey(tmp_path) if place.is_latest] == ["checkpoint_2"]
     code, out = say("ls", tmp_path)
     assert code == 0
-    assert out.splitlines()[-1].startswith("checkpoint_0: ") and "is damaged: its checksum differs" in out
+    assert out.splitlines()[-1].startswith("checkpoint_0: ")
+    assert "is damaged: its checksum differs" in out
     (row,) = [line for line in out.splitlines() if line.startswith("*")]
     assert row.split()[1:] == ["checkpoint_2", "20", "just", "now", *row.split()[5:7], "2", "(dp_replicate=2)", "ddp",
                                "complete"]  # fmt: skip
@@ -153,7 +154,8 @@ def test_show_says_what_is_in_it(tmp_path: Path, say: Say) -> None:
     code, out = say("show", tmp_path)
     assert code == 0
     assert out.splitlines()[0] == str(tmp_path / "checkpoints" / "checkpoint_1")
-    assert "  step       10" in out and "  world      2 processes, dp_replicate=2" in out
+    assert "  step       10" in out
+    assert "  world      2 processes, dp_replicate=2" in out
     assert "weight" not in out
     data = json.loads(say("show", tmp_path, "--tensors", "--json")[1])
     assert data["items"]["scheduler"]["tensors"] == {}
@@ -168,7 +170,8 @@ def test_show_of_one_item_lists_files_and_tensors(tmp_path: Path, say: Say) -> N
     folder = write(tmp_path / "one")
     _, out = say("show", folder, "--item", "model")
     assert "scheduler" not in out.partition("\n\n")[2]
-    assert "tied is weight" in out and "4x3" in out
+    assert "tied is weight" in out
+    assert "4x3" in out
     (record,) = json.loads((folder / MANIFEST_NAME).read_text())["files"]["model.safetensors"]["xxh3_128"].split()
     assert record in out
     with pytest.raises(ConfigError, match=r"`--item modle` is not in .*Did you mean 'model'\? It holds model, scheduler"):
@@ -183,7 +186,8 @@ def test_verify_of_what_is_whole(tmp_path: Path, say: Say, monkeypatch: Any) -> 
     (folder / "notes.txt").write_text("mine")
     code, out = say("verify", folder, "--jobs", 2)
     assert code == 0
-    assert "2 files as written" in out and "also there, and not of the checkpoint: notes.txt" in out
+    assert "2 files as written" in out
+    assert "also there, and not of the checkpoint: notes.txt" in out
 
 
 def test_verify_names_every_bad_file(tmp_path: Path, say: Say) -> None:
@@ -197,12 +201,16 @@ def test_verify_names_every_bad_file(tmp_path: Path, say: Say) -> None:
     code, out = say("verify", good, flipped, cut, gone)
     assert code == 1
     assert f"{flipped}: BAD, 2 of 2 files" in out
-    assert "`model.safetensors` of `model`" in out and "`scheduler.json` of `scheduler`" in out
-    assert "has 3 bytes instead of" in out and "is missing" in out
+    assert "`model.safetensors` of `model`" in out
+    assert "`scheduler.json` of `scheduler`" in out
+    assert "has 3 bytes instead of" in out
+    assert "is missing" in out
     assert say("verify", good)[0] == 0
     (good / MANIFEST_NAME).write_text("{")
     code, out = say("verify", good)
-    assert code == 1 and "BAD" in out and "is damaged" in out
+    assert code == 1
+    assert "BAD" in out
+    assert "is damaged" in out
 
 
 def test_verify_shows_every_byte(tmp_path: Path, say: Say, monkeypatch: Any) -> None:
@@ -220,7 +228,8 @@ def test_verify_shows_every_byte(tmp_path: Path, say: Say, monkeypatch: Any) -> 
 
     monkeypatch.setattr(verify, "bytes_bar", bar)
     say("verify", write(tmp_path / "one"))
-    assert totals == [sum(seen)] and totals[0] > 0
+    assert totals == [sum(seen)]
+    assert totals[0] > 0
 
 
 # prune
@@ -237,8 +246,10 @@ def test_what_goes_is_old_and_what_stays_was_asked_for(numbers: set[int], keep: 
     plan = plan_removal(places, keep=keep, every=every)
     kept, gone = {each.number for each in plan.kept}, {each.number for each in plan.checkpoints}
     newest = set(sorted(numbers)[-keep:])
-    assert kept | gone == numbers and not kept & gone
-    assert newest <= kept and max(numbers) in kept
+    assert kept | gone == numbers
+    assert not kept & gone
+    assert newest <= kept
+    assert max(numbers) in kept
     assert kept - newest == {number for number in numbers - newest if every is not None and number % every == 0}
 
 
@@ -252,11 +263,14 @@ def test_prune_removes_old_ones_and_what_the_dead_left(tmp_path: Path, say: Say)
     assert not dead.exists()
     dead = Path(LocalStaging(shelf / "checkpoint_9").begin(dead_pid()))
     code, out = say("prune", tmp_path, "--keep", 2, "--every", 2, "--dry-run")
-    assert code == 0 and "would remove" in out and all(folder.is_dir() for folder in [*folders, dead])
+    assert code == 0
+    assert "would remove" in out
+    assert all(folder.is_dir() for folder in [*folders, dead])
     code, out = say("prune", tmp_path, "--keep", 2, "--every", 2, "--yes")
     assert code == 0
     assert sorted(states(tmp_path)) == sorted([living.name, "best", *(f"checkpoint_{each}" for each in (0, 2, 3, 4))])
-    assert named.is_dir() and not dead.exists()
+    assert named.is_dir()
+    assert not dead.exists()
     assert "Nothing to remove: 4 complete checkpoints" in say("prune", tmp_path, "--keep", 2, "--every", 2, "--yes")[1]
 
 
@@ -315,8 +329,10 @@ def test_wrong_words_are_refused(words: Sequence[str], message: str, say: Say) -
 
 def test_help_teaches_by_examples(say: Say, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = say("--help")
-    assert code == 0 and all(f"  {name} " in out for name in COMMANDS)
-    assert main([]) == 2 and "usage: accel checkpoint COMMAND" in capsys.readouterr().err
+    assert code == 0
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert main([]) == 2
+    assert "usage: accel checkpoint COMMAND" in capsys.readouterr().err
     for name in COMMANDS:
         code, out = say(name, "--help")
         assert code == 0
@@ -341,7 +357,8 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path: Path) -> None:
     script = "import sys; from accel_parallel.checkpoint_commands import main; sys.exit(main(['ls', sys.argv[1]]))"
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""

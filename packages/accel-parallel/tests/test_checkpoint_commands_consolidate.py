@@ -64,13 +64,15 @@ def held(output: Path) -> dict[str, torch.Tensor]:
 def test_one_file_with_every_tensor_once(folder: Path, say: Say, tmp_path: Path) -> None:
     output = tmp_path / "new" / "exported"
     code, out = say(folder, output)
-    assert code == 0 and "head.weight is embed.weight, and is not written twice" in out
+    assert code == 0
+    assert "head.weight is embed.weight, and is not written twice" in out
     assert [path.name for path in output.iterdir()] == ["model.safetensors"]
     assert [path.name for path in output.parent.iterdir()] == ["exported"]
     found, expected = held(output), weights()
     assert found.keys() == expected.keys() - {"head.weight"}
     for name, tensor in found.items():
-        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name])
     with safe_open(output / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -150,8 +152,8 @@ def test_what_is_no_model_is_refused(folder: Path, say: Say, tmp_path: Path) -> 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of its own is asked of Linux")
 def test_memory_is_that_of_one_tensor(tmp_path: Path, say: Say, monkeypatch: Any) -> None:
-    size = 8 << 20
-    model = {f"layer{number}.weight": torch.full((size // 4,), float(number)) for number in range(12)}
+    size = 4 << 20
+    model = {f"layer{number}.weight": torch.full((size // 4,), float(number)) for number in range(24)}
     about = About(step=1, strategy="single")
     folder = write_checkpoint(tmp_path / "checkpoint_0", [Item("model", "model", model)], about=about, sync=False)
     del model
@@ -164,8 +166,10 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path, say: Say, monkeypatch: Any
 
     monkeypatch.setattr(consolidate, "bytes_bar", bar)
     say(folder, tmp_path / "out", "--dtype", "float64")
-    assert len(peaks) > 12 and max(peaks) < 4 * 2 * size
-    assert len(held(tmp_path / "out")) == 12
+    # Half of it is what the allocator keeps of a few tensors that are gone; all of them would be 48 sizes.
+    assert len(peaks) > 24
+    assert max(peaks) < 16 * size
+    assert len(held(tmp_path / "out")) == 24
 
 
 def anonymous_bytes() -> int:

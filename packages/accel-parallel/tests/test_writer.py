@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,17 @@ from accel_parallel.checkpoint import (
     numbered_path,
     write_checkpoint,
 )
+from accel_parallel.checkpoint import background as background_module
 from accel_parallel.checkpoint import writer as writer_module
 from accel_parallel.checkpoint.background import BackgroundSaver
 from accel_parallel.checkpoint.folder import LocalFolder
+from accel_parallel.checkpoint.host_buffer import HostBuffer
 from accel_parallel.checkpoint.layout import previous_path
 from accel_parallel.checkpoint.outgoing import Outgoing
 from accel_parallel.checkpoint.staging import staging_of
 from accel_parallel.checkpoint.writer import Job, Links, perform
 from accel_state import CheckpointError, Process, ProcessSettings
+from accel_state.testing import run_ranks
 
 CRASH, FAILED = 77, 3
 DISK = [(os, "write"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "unlink"), (Path, "rename")]
@@ -359,7 +364,10 @@ def written_but(word: str) -> Callable[..., Any]:
 def test_a_receipt_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     final = prepared(tmp_path, "new", 2)
     _, (job, memory), receipt = two(final)
-    with patch.object(LocalFolder, "write", written_but("receipt")), pytest.raises(CheckpointError, match=r"\(rank 1: OSError: .*Input/output"):
+    with (
+        patch.object(LocalFolder, "write", written_but("receipt")),
+        pytest.raises(CheckpointError, match=r"\(rank 1: OSError: .*Input/output error\)"),
+    ):
         perform(job, memory, QUIET)
     assert not receipt.exists()
 
@@ -367,7 +375,10 @@ def test_a_receipt_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_a_receipt_that_cannot_be_removed_is_told(tmp_path: Path) -> None:
     main, other, _ = two(prepared(tmp_path, "new", 2))
     perform(*other, QUIET)
-    with patch.object(Path, "unlink", broken), pytest.raises(CheckpointError, match=r"\(OSError: .*Input/output error\)"):
+    with (
+        patch.object(Path, "unlink", broken),
+        pytest.raises(CheckpointError, match=r"\(OSError: .*Input/output error\)"),
+    ):
         perform(*main, QUIET)
     assert saved_step(latest_checkpoint(tmp_path), 2) == 0
     assert os.listdir(tmp_path) == ["checkpoint_0"]
@@ -475,6 +486,71 @@ def test_an_old_checkpoint_that_stays_is_told(tmp_path: Path) -> None:
 
 
 # As a process
+
+
+def killed_while_it_writes(folder: str, victim: int) -> tuple[str, list[str], int]:
+    """On a rank: one rank's writer is killed before it can have done its part; then all save again."""
+    process = Process.current()
+    rank, world = process.topology.rank, process.topology.world_size
+    saver = BackgroundSaver(process)
+    saver.save(Path(folder, "run"), items_of(rank, 0), step=0, strategy="any")
+    stopped = patch.object(background_module, "_CODE", "import signal; signal.pause()") if rank == victim else None
+    with stopped or nullcontext():
+        pending = saver.save(Path(folder, "run"), items_of(rank, 1), step=1, strategy="any")
+    if rank == victim:
+        os.kill(child_of(os.getpid(), "signal.pause"), signal.SIGKILL)
+    with pytest.raises(CheckpointError, match="Earlier ones are untouched") as caught:
+        pending.wait()
+    process.barrier()
+    left, step = os.listdir(folder), saved_step(Path(folder, "run"), world)
+    saver.save(Path(folder, "run"), items_of(rank, 2), step=2, strategy="any").wait()
+    saver.close()
+    return str(caught.value), left, step
+
+
+def child_of(pid: int, command: str) -> int:
+    """The process that `pid` has started with such a word in its command line."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with suppress(OSError):
+                if command in Path(f"/proc/{child}/cmdline").read_text():
+                    return int(child)
+        time.sleep(0.01)
+    raise AssertionError(f"{pid} has no child with `{command}`")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_writer_that_is_killed_leaves_what_was_saved(tmp_path: Path, victim: int) -> None:
+    for message, left, step in run_ranks(killed_while_it_writes, 2, str(tmp_path), victim):
+        assert "the process that wrote it ended with code -9" in message
+        assert left == ["run"]  # nothing waits for the run to end to be cleared up
+        assert step == 0
+    assert saved_step(tmp_path / "run", 2) == 2
+
+
+def filled_by_one(folder: str) -> tuple[str, list[str]]:
+    """On a rank: copying fails on one, which must not leave the other with a save of its own."""
+    process = Process.current()
+    rank = process.topology.rank
+    saver = BackgroundSaver(process)
+    failing = patch.object(HostBuffer, "put", side_effect=RuntimeError("out of memory")) if rank == 1 else None
+    with failing or nullcontext(), pytest.raises(CheckpointError, match="could not be written") as caught:
+        saver.save(Path(folder, "run"), items_of(rank, 0), step=0, strategy="any")
+    assert saver.pending is None
+    process.barrier()
+    left = os.listdir(folder)
+    process.barrier()
+    saver.save(Path(folder, "run"), items_of(rank, 2), step=2, strategy="any").wait()
+    saver.close()
+    return str(caught.value), left
+
+
+def test_a_copy_that_fails_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
+    for message, left in run_ranks(filled_by_one, 2, str(tmp_path)):
+        assert "(rank 1: RuntimeError: out of memory)" in message
+        assert left == []
+    assert saved_step(tmp_path / "run", 2) == 2
 
 
 def test_a_writer_loads_no_torch() -> None:

@@ -127,7 +127,7 @@ class BackgroundSaver:
         try:
             share = outgoing.share(self.process)
             buffer = self._reserved(share, staging)
-            ranges = self._filled(buffer, share)
+            ranges = self._filled(buffer, share, staging)
         except BaseException:
             if is_main:
                 staging.abandon(token)
@@ -184,13 +184,19 @@ class BackgroundSaver:
         raise_failures(gather_object([(self.process.topology.rank, problem)], process=self.process), staging)
         return self._buffer
 
-    def _filled(self, buffer: HostBuffer, share: Share) -> list[tuple[str, list[tuple[int, int]]]]:
+    def _filled(self, buffer: HostBuffer, share: Share, staging: Staging) -> list[tuple[str, list[tuple[int, int]]]]:
+        """Every rank must call this. This rank's files, copied, and where each lies, or an error on every rank."""
         ranges = []
-        for file in share.files:
-            contents: list[bytes | torch.Tensor] = [file.head, *(_plain(tensor) for tensor in file.tensors)]
-            ranges.append((file.name, [buffer.put(content) for content in contents]))
+        problem = None
+        for file in share.files:  # all of them whatever happens: other ranks wait in between
+            try:
+                contents: list[bytes | torch.Tensor] = [file.head, *(_plain(tensor) for tensor in file.tensors)]
+                ranges.append((file.name, [buffer.put(content) for content in contents]))
+            except FAILURES as error:
+                problem = problem or f"{type(error).__name__}: {error}"
         if self.process.device.type != "cpu":
             torch.accelerator.synchronize(self.process.device)
+        raise_failures(gather_object([(self.process.topology.rank, problem)], process=self.process), staging)
         return ranges
 
 
@@ -239,7 +245,7 @@ class _WriterProcess:
             pass_fds=[buffer.descriptor],
             text=True,
         )
-        self._location = job.location
+        self._job = job
         try:
             self._input.write(json.dumps(asdict(job)) + "\n")
             self._input.flush()
@@ -274,8 +280,10 @@ class _WriterProcess:
             return None
         if lines and lines[-1].startswith('"'):
             return str(json.loads(lines[-1]))
+        if self._job.about is not None:  # it could not clear up itself
+            staging_of(self._job.location).abandon(self._job.token)
         return (
-            f"The checkpoint `{self._location}` is not complete: the process that wrote it ended with code {code}. "
+            f"The checkpoint `{self._job.location}` is not complete: the process that wrote it ended with code {code}. "
             f"Earlier ones are untouched. Look for who killed it, such as the system out of memory, and save again."
         )
 
