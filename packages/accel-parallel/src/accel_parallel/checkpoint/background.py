@@ -19,7 +19,7 @@ from accel_parallel.checkpoint.commit import on_main, prepare, raise_failures
 from accel_parallel.checkpoint.host_buffer import HostBuffer
 from accel_parallel.checkpoint.item import Item
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, About
-from accel_parallel.checkpoint.outgoing import Share, on_host
+from accel_parallel.checkpoint.outgoing import OutgoingFile, Share, on_host
 from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_parallel.checkpoint.tensor_file import StoredTensor
 from accel_parallel.checkpoint.writer import Job, Links, perform
@@ -120,9 +120,7 @@ class BackgroundSaver:
         staging = staging_of(final)
         outgoing = prepare(items, spread=spread, staging=staging, process=self.process)
         is_main = self.process.topology.is_main
-        (is_new,) = broadcast_object_list(
-            [is_main and not staging.folder(staging.location).holds(MANIFEST_NAME)], process=self.process
-        )
+        held = on_main(self.process, lambda: staging.folder(staging.location).holds(MANIFEST_NAME), "begin")
         token = on_main(self.process, lambda: staging.begin(os.getpid()), "begin")
         try:
             share = outgoing.share(self.process)
@@ -136,7 +134,7 @@ class BackgroundSaver:
         job = Job(
             location=staging.location,
             token=token,
-            is_new=is_new,
+            is_new=held == "False",
             rank=self.process.topology.rank,
             world_size=self.process.topology.world_size,
             sync=sync,
@@ -186,18 +184,22 @@ class BackgroundSaver:
 
     def _filled(self, buffer: HostBuffer, share: Share, staging: Staging) -> list[tuple[str, list[tuple[int, int]]]]:
         """Every rank must call this. This rank's files, copied, and where each lies, or an error on every rank."""
-        ranges = []
-        problem = None
-        for file in share.files:  # all of them whatever happens: other ranks wait in between
-            try:
-                contents: list[bytes | torch.Tensor] = [file.head, *(_plain(tensor) for tensor in file.tensors)]
-                ranges.append((file.name, [buffer.put(content) for content in contents]))
-            except FAILURES as error:
-                problem = problem or f"{type(error).__name__}: {error}"
+        # All of them whatever happens: other ranks wait in between.
+        copied = [(file.name, _copied(file, buffer)) for file in share.files]
+        ranges = [(name, found) for name, found in copied if isinstance(found, list)]
+        problem = next((found for _, found in copied if isinstance(found, str)), None)
         if self.process.device.type != "cpu":
             torch.accelerator.synchronize(self.process.device)
         raise_failures(gather_object([(self.process.topology.rank, problem)], process=self.process), staging)
         return ranges
+
+
+def _copied(file: OutgoingFile, buffer: HostBuffer) -> list[tuple[int, int]] | str:
+    """Where its parts lie, or what failed."""
+    try:
+        return [buffer.put(content) for content in (file.head, *(_plain(tensor) for tensor in file.tensors))]
+    except FAILURES as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _plain(tensor: torch.Tensor | StoredTensor) -> torch.Tensor:
@@ -216,7 +218,7 @@ class _Writer(Protocol):
 
 def _start(job: Job, buffer: HostBuffer, staging: Staging) -> _Writer:
     # Memory of this process, such as of `memory://`, is nothing that another could write to.
-    if getattr(staging, "in_process", False) or sys.platform == "win32":
+    if staging.in_process or sys.platform == "win32":
         return _WriterThread(job, buffer)
     try:
         return _WriterProcess(job, buffer)
