@@ -174,7 +174,7 @@ def test_show_of_one_item_lists_files_and_tensors(tmp_path: Path, say: Say) -> N
     assert "4x3" in out
     (record,) = json.loads((folder / MANIFEST_NAME).read_text())["files"]["model.safetensors"]["xxh3_128"].split()
     assert record in out
-    with pytest.raises(ConfigError, match=r"`--item modle` is not in .*Did you mean 'model'\? It holds model, scheduler"):
+    with pytest.raises(ConfigError, match=r"`--item modle` is not in .*Did you mean .model.\? It holds model"):
         say("show", folder, "--item", "modle")
 
 

@@ -25,8 +25,8 @@ def diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Diff:
 
     def run(a: Any, b: Any, *words: str) -> tuple[int, list[str]]:
         folders = []
-        for name, given in (("a", a), ("b", b)):
-            items = given if isinstance(given, list) else [Item("model", "model", given)]
+        for name, state in (("a", a), ("b", b)):
+            items = state if isinstance(state, list) else [Item("model", "model", state)]
             folder = write_checkpoint(tmp_path / name, items, about=About(step=1, strategy="single"), sync=False)
             folders.append(str(folder))
         capsys.readouterr()

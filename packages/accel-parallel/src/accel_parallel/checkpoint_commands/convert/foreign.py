@@ -6,6 +6,7 @@ which makes tensors, containers, numbers and text, and refuses every other class
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,12 @@ import torch
 from accel_state.errors import CheckpointError
 
 __all__ = ["load", "load_bytes"]
+
+_FAILURES = (
+    UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+    AssertionError, struct.error,
+)  # fmt: skip
+"""What torch's reader raises at bytes that are no such file."""
 
 
 def load(path: Path, *, arrays: bool = False) -> Any:
@@ -33,7 +40,7 @@ def load(path: Path, *, arrays: bool = False) -> Any:
         mapped = zipfile.is_zipfile(path)
         with torch.serialization.safe_globals(_array_names() if arrays else []):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _FAILURES as error:
         raise _refusal(str(path), error) from error
 
 
@@ -45,7 +52,7 @@ def load_bytes(content: memoryview, what: str) -> Any:
     """
     try:
         return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _FAILURES as error:
         raise _refusal(what, error) from error
 
 
