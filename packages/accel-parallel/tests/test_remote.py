@@ -220,6 +220,22 @@ def test_a_manifest_whose_put_failed_after_it_was_done_keeps_its_files(store: di
     assert saved_step(RUN) == 1
 
 
+def test_a_manifest_that_arrives_after_its_put_failed_finds_its_files(store: dict[str, Any]) -> None:
+    save(RUN, 0)
+    pipe_file = MemoryFileSystem.pipe_file
+    on_the_way: list[tuple[Any, ...]] = []
+
+    def put(*args: Any) -> None:
+        on_the_way.append(args)
+        raise TimeoutError("no answer")
+
+    with patch.object(MemoryFileSystem, "pipe_file", put), pytest.raises(CheckpointError, match="no answer"):
+        save(RUN, 1)
+    assert saved_step(RUN) == 0
+    pipe_file(*on_the_way[0])
+    assert saved_step(RUN) == 1
+
+
 def test_what_cannot_be_removed_after_the_commit_is_said_and_goes_later(
     store: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

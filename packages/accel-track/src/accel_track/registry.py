@@ -91,7 +91,7 @@ def _create(make: Callable[..., Any], name: str, directory: str | os.PathLike[st
     if directory is None:
         raise ConfigError(
             f"The tracker {name!r} writes files, but no folder was given to write into. "
-            f"Give one with `project_dir`, or leave the tracker out of `log_with`."
+            f"Give one with `project_dir` or `logging_dir`, which is no URL, or leave the tracker out of `log_with`."
         )
     return make(directory)
 

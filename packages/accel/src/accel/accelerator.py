@@ -30,6 +30,7 @@ from accel.tracking import Tracking
 from accel.uneven import join_uneven_inputs
 from accel_data.configuration import DataLoaderConfiguration
 from accel_data.convert import prepare_data_loader
+from accel_parallel.checkpoint.location import Location, as_location
 from accel_parallel.plugins import GradientAccumulationPlugin, InitProcessGroupKwargs
 from accel_parallel.strategy import Strategy
 from accel_precision.policy import precision
@@ -450,10 +451,10 @@ class Accelerator(CheckpointView):
         )
 
     @property
-    def project_dir(self) -> Path | None:
-        """Root of everything that the run writes."""
+    def project_dir(self) -> Location | None:
+        """Root of everything that the run writes; text where it is a URL."""
         folder = self.project_configuration.project_dir
-        return None if folder is None else Path(folder)
+        return None if folder is None else as_location(folder)
 
     # Trackers
 

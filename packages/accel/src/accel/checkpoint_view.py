@@ -14,6 +14,7 @@ from accel.process_view import ProcessView
 from accel.saving import LoadHook, SaveHook, Saving
 from accel.stopping import StopSignals
 from accel_parallel.checkpoint import PendingSave
+from accel_parallel.checkpoint.location import Location
 from accel_state.errors import ConfigError
 from accel_state.process import Process
 
@@ -46,14 +47,14 @@ class CheckpointView(ProcessView):
         self._saving.load_hooks.append(hook)
 
     @overload
-    def save_state(self, output_dir: str | Path | None = None, *, blocking: Literal[True] = True) -> Path: ...
+    def save_state(self, output_dir: str | Path | None = None, *, blocking: Literal[True] = True) -> Location: ...
     @overload
     def save_state(
         self, output_dir: str | Path | None = None, *, blocking: Literal[False], if_busy: str = "wait"
     ) -> PendingSave: ...
     def save_state(
         self, output_dir: str | Path | None = None, *, blocking: bool = True, if_busy: str = "wait"
-    ) -> Path | PendingSave:
+    ) -> Location | PendingSave:
         """Write a checkpoint of all that is prepared and registered. Every rank must call this.
 
         It appears complete or not at all, whatever happens meanwhile. Inside an unfinished accumulation window, the
@@ -72,7 +73,7 @@ class CheckpointView(ProcessView):
         refuse_saving(self._engine)
         return self._saving.save(output_dir, if_busy) if blocking else self._saving.begin_save(output_dir, if_busy)
 
-    def load_state(self, input_dir: str | Path | None = None, *, strict: bool = True) -> Path | None:
+    def load_state(self, input_dir: str | Path | None = None, *, strict: bool = True) -> Location | None:
         """Restore everything from a checkpoint, strictly. Every rank must call this, after `prepare`.
 
         Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from accel_parallel.checkpoint.location import Location, as_location, child, is_remote
 from accel_state.config import RunConfig
 from accel_state.errors import ConfigError
 
@@ -16,9 +17,9 @@ class ProjectConfiguration:
     """Folders of a run, and how its checkpoints are named and kept."""
 
     project_dir: str | Path | None = None
-    """Root of everything that the run writes."""
+    """Root of everything that the run writes: a path, or the URL of an object store that `fsspec` knows, as text."""
     logging_dir: str | Path | None = None
-    """Folder for trackers; by default `project_dir`."""
+    """Folder for trackers, a path; by default `project_dir` where that is one."""
     automatic_checkpoint_naming: bool = True
     """Whether ``save_state()`` without a folder writes ``<project_dir>/checkpoints/checkpoint_<n>``."""
     total_limit: int | None = None
@@ -43,17 +44,29 @@ class ProjectConfiguration:
                 "`total_limit` and `iteration` only concern automatically named checkpoints, and "
                 "`automatic_checkpoint_naming=False` turns those off. Leave them out, or turn it on."
             )
+        if self.logging_dir is not None and is_remote(self.logging_dir):
+            raise ConfigError(
+                f"`logging_dir={str(self.logging_dir)!r}` is a URL, and trackers write to files of this machine. Give "
+                f"a path."
+            )
+        if not self.sync_to_disk and self.project_dir is not None and is_remote(self.project_dir):
+            raise ConfigError(
+                f"`sync_to_disk=False` concerns a disk, and `project_dir={str(self.project_dir)!r}` is an object "
+                f"store, which keeps what it has taken. Leave it out."
+            )
 
     @property
-    def checkpoints_dir(self) -> Path | None:
+    def checkpoints_dir(self) -> Location | None:
         """Where automatically named checkpoints lie; ``None`` without a project folder."""
-        return None if self.project_dir is None else Path(self.project_dir) / "checkpoints"
+        return None if self.project_dir is None else child(self.project_dir, "checkpoints")
 
     @property
     def tracking_dir(self) -> Path | None:
-        """Where trackers write."""
-        folder = self.logging_dir if self.logging_dir is not None else self.project_dir
-        return None if folder is None else Path(folder)
+        """Where trackers write; ``None`` where nothing but the URL of an object store was given."""
+        for folder in (self.logging_dir, self.project_dir):
+            if folder is not None and isinstance(found := as_location(folder), Path):
+                return found
+        return None
 
 
 def settled(given: ProjectConfiguration | None, config: RunConfig) -> ProjectConfiguration:

@@ -10,6 +10,8 @@ from accel.engine import Engine
 from accel.fitting import fit_model, fit_optimizer
 from accel.project import ProjectConfiguration
 from accel_parallel import checkpoint as files
+from accel_parallel.checkpoint.location import Location, as_location
+from accel_parallel.checkpoint.shelf import Shelf, recover_at, shelf_of
 from accel_parallel.naming import parameter_names
 from accel_parallel.strategy import OptimizerState
 from accel_state.collectives import broadcast_object_list, gather_object
@@ -42,7 +44,7 @@ class Saving:
         self.save_hooks: list[SaveHook] = []
         self.load_hooks: list[LoadHook] = []
         self._background = files.BackgroundSaver(process)
-        self._resumed_from: Path | None = None
+        self._resumed_from: Location | None = None
         self._num_named = 0
         """Automatically named checkpoints that this run has written."""
 
@@ -61,7 +63,7 @@ class Saving:
             )
         self.custom += objects
 
-    def save(self, output_dir: str | Path | None, if_busy: str) -> Path:
+    def save(self, output_dir: str | Path | None, if_busy: str) -> Location:
         """Write a checkpoint. Every rank must call this. Returns its folder."""
         if if_busy != "wait":
             raise ConfigError(
@@ -109,7 +111,7 @@ class Saving:
         finally:
             self._background.close()
 
-    def _contents(self, final: Path) -> list[files.Item]:
+    def _contents(self, final: Location) -> list[files.Item]:
         items = self._items()
         for hook in self.save_hooks:
             hook(list(self.engine.models), [item.state for item in items if item.kind == "model"], str(final))
@@ -132,7 +134,7 @@ class Saving:
         keep = [] if self._resumed_from is None else [str(self._resumed_from)]
         return {"folder": str(folder), "total_limit": limit, "keep": keep}
 
-    def load(self, input_dir: str | Path | None, *, strict: bool = True) -> Path | None:
+    def load(self, input_dir: str | Path | None, *, strict: bool = True) -> Location | None:
         """Restore a checkpoint, the latest by default. Every rank must call this.
 
         Returns:
@@ -182,7 +184,7 @@ class Saving:
                 waived += lines
         return waived
 
-    def _proved(self, folder: Path, *, strict: bool) -> files.Checkpoint:
+    def _proved(self, folder: Location, *, strict: bool) -> files.Checkpoint:
         checkpoint = files.Checkpoint(folder)
         if strict:
             self._refuse_other_items(checkpoint)
@@ -314,23 +316,40 @@ class Saving:
         state: dict[str, Any] = checkpoint.read(name, verify=False)
         return state
 
-    def _save_path(self, output_dir: str | Path | None) -> Path:
+    def _save_path(self, output_dir: str | Path | None) -> Location:
         if output_dir is not None:
-            return Path(output_dir)
-        folder = self._checkpoints_dir("save_state()")
+            return as_location(output_dir)
+        shelf = self._shelf("save_state()")
         number = self.project.iteration if self._num_named == 0 else None
-        (chosen,) = broadcast_object_list(
-            [files.next_number(folder) if number is None else number], process=self.process
-        )
-        path = files.numbered_path(folder, chosen)
-        if number is not None and path.exists():
+        if number is None:
+            return shelf.numbered(self._ask(shelf, shelf.next_number))
+        if self._ask(shelf, lambda: shelf.holds(number)):
             raise ConfigError(
-                f"`ProjectConfiguration(iteration={number})` names `{path}`, which exists. "
+                f"`ProjectConfiguration(iteration={number})` names `{shelf.numbered(number)}`, which exists. "
                 f"Leave `iteration` out to go on after the highest number, or remove that folder."
             )
-        return path
+        return shelf.numbered(number)
 
-    def _checkpoints_dir(self, call: str) -> Path:
+    def _ask(self, shelf: Shelf, question: Callable[[], _T]) -> _T:
+        """The answer of the main process. Every rank must call this; where that fails, all raise."""
+        outcome: list[tuple[list[_T], str]] = [([], "")]
+        if self.process.topology.is_main:
+            try:
+                outcome = [([question()], "")]
+            except CheckpointError as error:
+                outcome = [([], str(error))]
+            except OSError as error:
+                problem = (
+                    f"What checkpoints are in `{shelf.location}` could not be found out ({type(error).__name__}: "
+                    f"{error}). Make it readable by the main process, then call this again."
+                )
+                outcome = [([], problem)]
+        answer, problem = broadcast_object_list(outcome, process=self.process)[0]
+        if not answer:
+            raise CheckpointError(problem)
+        return answer[0]
+
+    def _shelf(self, call: str) -> Shelf:
         folder = self.project.checkpoints_dir
         if folder is None:
             raise ConfigError(
@@ -342,30 +361,20 @@ class Saving:
                 f"`{call}` was called without a folder, and `automatic_checkpoint_naming=False` leaves naming to you. "
                 f"Pass a folder, or turn it on."
             )
-        return folder
+        return shelf_of(folder)
 
-    def _load_path(self, input_dir: str | Path | None) -> Path | None:
+    def _load_path(self, input_dir: str | Path | None) -> Location | None:
         if input_dir is not None:
-            folder = Path(input_dir)
+            folder = as_location(input_dir)
             if self.process.topology.is_main:
-                from accel_parallel.checkpoint.layout import recover
-
-                recover(folder)
+                recover_at(folder)
             self.process.barrier()
             return folder
-        folder = self._checkpoints_dir("load_state()")
-        found: tuple[Path | None, str | None] = (None, None)
-        if self.process.topology.is_main:
-            try:
-                found = (files.latest_checkpoint(folder), None)
-            except CheckpointError as error:
-                found = (None, str(error))
-        path, problem = broadcast_object_list([found], process=self.process)[0]
-        if problem is not None:
-            raise CheckpointError(problem)
-        if path is None:
-            logger.warning("No checkpoint under %s yet: starting from the beginning.", folder)
-        return path
+        shelf = self._shelf("load_state()")
+        latest = self._ask(shelf, shelf.latest)
+        if latest is None:
+            logger.warning("No checkpoint under %s yet: starting from the beginning.", shelf.location)
+        return latest
 
     def _prune(self, *, automatic: bool) -> None:
         if not automatic:
@@ -378,7 +387,7 @@ class Saving:
         if self.process.topology.is_main:
             keep = [] if self._resumed_from is None else [self._resumed_from]
             try:
-                files.prune(folder, total_limit=limit, keep=keep)
+                shelf_of(folder).prune(total_limit=limit, keep=keep)
             except OSError as error:
                 problem = f"{type(error).__name__}: {error}"
         (problem,) = broadcast_object_list([problem], process=self.process)

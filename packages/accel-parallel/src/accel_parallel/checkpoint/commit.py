@@ -27,12 +27,12 @@ from accel_parallel.checkpoint.outgoing import Outgoing, OutgoingFile
 from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_parallel.checkpoint.store import NUM_THREADS
 from accel_state.collectives import broadcast_object_list, gather_object
-from accel_state.errors import CheckpointError
+from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import Process
 
 __all__ = ["agree", "begin", "on_main", "prepare", "raise_failures", "save_checkpoint", "write_checkpoint"]
 
-_Path = TypeVar("_Path", str, Path)
+_Path = TypeVar("_Path", bound="str | Path")
 Written = tuple[dict[str, ItemRecord], dict[str, FileRecord]]
 
 
@@ -126,6 +126,11 @@ def prepare(items: Sequence[Item], *, spread: bool, staging: Staging, process: P
     Raises:
         CheckpointError: on every rank, naming the rank and the value.
     """
+    if staging.in_process and process.topology.world_size > 1:
+        raise ConfigError(
+            f"`{staging.location}` is memory of one process, and this run has {process.topology.world_size}, none of "
+            f"which would see all of the checkpoint. Give a folder or an object store that all of them reach."
+        )
     outgoing, problem = None, None
     try:
         outgoing = Outgoing(items, spread=spread)

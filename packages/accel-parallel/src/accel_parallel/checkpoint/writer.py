@@ -19,12 +19,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from accel_parallel.checkpoint.folder import FileRecord, Folder
-from accel_parallel.checkpoint.layout import prune
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, About, ItemRecord
+from accel_parallel.checkpoint.shelf import shelf_of
 from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_state.errors import CheckpointError
 
@@ -183,7 +182,7 @@ def _prune(job: Job) -> None:
         return
     limit, folder = job.prune["total_limit"], job.prune["folder"]
     try:
-        prune(Path(folder), total_limit=limit, keep=[Path(path) for path in job.prune["keep"]])
+        shelf_of(folder).prune(total_limit=limit, keep=job.prune["keep"])
     except OSError as error:
         raise CheckpointError(
             f"The checkpoint `{job.location}` is complete, but an old one could not be removed "
