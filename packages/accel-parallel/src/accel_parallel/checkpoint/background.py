@@ -197,7 +197,7 @@ class BackgroundSaver:
 def _copied(file: OutgoingFile, buffer: HostBuffer) -> list[tuple[int, int]] | str:
     """Where its parts lie, or what failed."""
     try:
-        return [buffer.put(content) for content in (file.head, *(_plain(tensor) for tensor in file.tensors))]
+        return [buffer.put(file.head), *(buffer.put(_plain(tensor)) for tensor in file.tensors)]
     except FAILURES as error:
         return f"{type(error).__name__}: {error}"
 

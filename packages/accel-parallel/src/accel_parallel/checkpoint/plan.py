@@ -71,10 +71,9 @@ def plan_files(
 def _cut(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     """At most `count` runs of names; one goes where its middle lies, if all were laid end to end and cut equally."""
     total, filled = sum(sizes.values()), 0
-    runs: list[list[str]] = [[]]
+    runs: dict[int, list[str]] = {}
     for name, size in sizes.items():
-        if runs[-1] and len(runs) < count and (filled + size / 2) * count >= total * len(runs):
-            runs.append([])
-        runs[-1].append(name)
+        place = (2 * filled + size) * count // (2 * total) if total else 0
+        runs.setdefault(min(place, count - 1), []).append(name)
         filled += size
-    return runs
+    return list(runs.values())
