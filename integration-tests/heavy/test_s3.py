@@ -18,6 +18,7 @@ from s3fs import S3FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from accel import Accelerator, ProjectConfiguration
 from accel_parallel.checkpoint import Checkpoint, Item, save_checkpoint
 from accel_parallel.checkpoint import remote as remote_module
 from accel_parallel.checkpoint.background import BackgroundSaver
@@ -25,7 +26,7 @@ from accel_parallel.checkpoint.object_store import BLOCK_BYTES, ObjectStore
 from accel_parallel.checkpoint.remote import RemoteFolder, place_of
 from accel_parallel.checkpoint.shelf import shelf_of
 from accel_state import CheckpointError, Process, ProcessSettings
-from accel_state.testing import RankError, run_ranks
+from accel_state.testing import RankError, rank_environment, run_ranks
 
 BUCKET = "checkpoints"
 WHOLE = torch.arange(24.0).reshape(6, 4)
@@ -162,6 +163,38 @@ def test_processes_of_their_own_write_in_the_background(server: str, run_url: st
     run_ranks(save_in_background, 2, server, run_url)
     assert saved_step(run_url) == 3
     assert not [name for name in ObjectStore(run_url).names() if "receipt" in name]
+
+
+def trained(server: str, project_dir: str) -> tuple[str | None, list[float]]:
+    """Resume, train and save as a run does."""
+    configure(server)
+    with Process.open(ProcessSettings(device="cpu"), environment=rank_environment()):
+        accelerator = Accelerator(cpu=True, project_config=ProjectConfiguration(project_dir=project_dir, total_limit=2))
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+        resumed = accelerator.load_state()
+        losses = []
+        for number in range(4):
+            loss = model(torch.randn(4, 3)).square().sum()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if number == 1:
+                accelerator.save_state(blocking=False).wait()
+        accelerator.end_training()
+        return None if resumed is None else str(resumed), losses
+
+
+def test_a_run_of_two_resumes_from_its_bucket(server: str, run_url: str) -> None:
+    first = run_ranks(trained, 2, server, run_url, open_process=False)
+    assert [resumed for resumed, _ in first] == [None, None]
+    second = run_ranks(trained, 2, server, run_url, open_process=False)
+    assert [resumed for resumed, _ in second] == [f"{run_url}/checkpoints/checkpoint_0"] * 2
+    assert [losses[:2] for _, losses in second] == [losses[2:] for _, losses in first]
+    run_ranks(trained, 2, server, run_url, open_process=False)
+    assert [number for number, _ in shelf_of(f"{run_url}/checkpoints").complete()] == [1, 2]
 
 
 def test_large_objects_go_up_in_parts_and_failed_ones_leave_none(run_url: str) -> None:
