@@ -36,6 +36,7 @@ from accel_parallel.checkpoint.folder import LocalFolder
 from accel_parallel.checkpoint.host_buffer import HostBuffer
 from accel_parallel.checkpoint.layout import previous_path
 from accel_parallel.checkpoint.outgoing import Outgoing
+from accel_parallel.checkpoint.shelf import LocalShelf
 from accel_parallel.checkpoint.staging import staging_of
 from accel_parallel.checkpoint.writer import Job, Links, perform
 from accel_state import CheckpointError, Process, ProcessSettings
@@ -479,7 +480,7 @@ def test_a_name_that_another_run_took_meanwhile_is_left_to_it(tmp_path: Path) ->
 def test_an_old_checkpoint_that_stays_is_told(tmp_path: Path) -> None:
     final = prepared(tmp_path, "new")
     job, memory = job_of(final, staging_of(final).begin(os.getpid()), 1, **options_of("pruned", tmp_path))
-    refuse = patch.object(writer_module, "prune", side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    refuse = patch.object(LocalShelf, "prune", side_effect=PermissionError(errno.EACCES, "Permission denied"))
     with refuse, pytest.raises(CheckpointError, match=r"`.*checkpoint_1` is complete, but an old one could not be rem"):
         perform(job, memory, QUIET)
     assert saved_step(latest_checkpoint(tmp_path)) == 1

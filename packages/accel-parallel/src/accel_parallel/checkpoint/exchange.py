@@ -40,7 +40,7 @@ class Exchange:
         self.tensors = tensors
         self.divided = {name: tensor for name, tensor in tensors.items() if is_divided(tensor)}
         own = {name: [box for box, _ in owned_pieces(self.divided[name])] for name in sorted(self.divided)}
-        self._boxes: list[dict[str, list[Box]]] = gather_object([own], process=process) if own else []
+        self._boxes = _without_copies(gather_object([own], process=process) if own else [])
         """For each rank, which parts of which tensor it sends."""
         for name in own:
             sent = sum(box.numel for boxes in self._boxes for box in boxes[name])
@@ -121,13 +121,26 @@ class Exchange:
         return target
 
     def _parts(self, name: str) -> list[torch.Tensor]:
-        return [part for _, part in owned_pieces(self.divided[name])]
+        sent = self._boxes[self.process.topology.rank][name]
+        return [part for box, part in owned_pieces(self.divided[name]) if box in sent]
 
     def _shape(self, name: str) -> TensorShape:
         return TensorShape(tuple(self.tensors[name].shape), self.tensors[name].dtype)
 
     def _size(self, source: int, name: str) -> int:
         return sum(box.numel for box in self._boxes[source][name]) * self._shape(name).dtype.itemsize
+
+
+def _without_copies(held: Sequence[Mapping[str, Sequence[Box]]]) -> list[dict[str, list[Box]]]:
+    """Each part once, by the first rank that holds it."""
+    seen: dict[str, set[Box]] = {}
+    found = []
+    for of_rank in held:
+        new = {name: [box for box in boxes if box not in seen.get(name, ())] for name, boxes in of_rank.items()}
+        found.append(new)
+        for name, boxes in new.items():
+            seen.setdefault(name, set()).update(boxes)
+    return found
 
 
 def _as_bytes_view(tensor: torch.Tensor) -> torch.Tensor:
