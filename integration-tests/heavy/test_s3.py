@@ -88,12 +88,21 @@ def saved_step(final: Any, world_size: int = 2) -> int:
     return step
 
 
-def load(server: str, final: str) -> int:
-    configure(server)
-    checkpoint = Checkpoint(final)
+def saved_and_loaded(server: str, location: str) -> list[int]:
+    """Three numbered ones, the last of which is replaced; the steps of the latest, before and after."""
     topology = Process.current().topology
-    checkpoint.verify(share=topology.rank, num_shares=topology.world_size)
-    return saved_step(final)
+    configure(server)
+    shelf = shelf_of(location)
+    assert (shelf.latest(), shelf.next_number()) == (None, 0)
+    Process.current().barrier()
+    steps = []
+    for number, step in ((0, 0), (1, 1), (2, 2), (2, 7)):
+        save(server, str(shelf.numbered(number)), step)
+        latest = shelf.latest()
+        Checkpoint(str(latest)).verify(share=topology.rank, num_shares=topology.world_size)
+        steps.append(saved_step(latest))
+        Process.current().barrier()
+    return steps
 
 
 def places(final: str) -> set[str]:
@@ -102,12 +111,7 @@ def places(final: str) -> set[str]:
 
 def test_two_processes_save_replace_load_and_prune(server: str, run_url: str) -> None:
     shelf = shelf_of(f"{run_url}/checkpoints")
-    assert (shelf.latest(), shelf.next_number()) == (None, 0)
-    for number in range(3):
-        run_ranks(save, 2, server, str(shelf.numbered(number)), number)
-    assert run_ranks(load, 2, server, str(shelf.latest())) == [2, 2]
-    run_ranks(save, 2, server, str(shelf.numbered(2)), 7)
-    assert run_ranks(load, 2, server, str(shelf.latest())) == [7, 7]
+    assert run_ranks(saved_and_loaded, 2, server, str(shelf.location)) == [[0, 1, 2, 7]] * 2
     assert places(str(shelf.latest())) == {Checkpoint(str(shelf.latest())).manifest.place}
     assert shelf.prune(total_limit=1, keep=[str(shelf.numbered(0))]) == [str(shelf.numbered(1))]
     assert [number for number, _ in shelf.complete()] == [0, 2]
