@@ -150,7 +150,7 @@ def train(args: argparse.Namespace, journal: Journal) -> None:
     journal.write("begun", rank=accelerator.process_index, pid=os.getpid())
     folder = accelerator.load_state()
     if accelerator.is_main_process:
-        journal.write("resumed", step=optimizer.steps_taken, folder=None if folder is None else folder.name)
+        journal.write("resumed", step=optimizer.steps_taken, folder=None if folder is None else Path(folder).name)
     if folder is not None and args.spoil is not None:
         spoil(args.spoil, model, brightness)
 
