@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import importlib
 import os
 import subprocess
@@ -15,7 +16,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from accel_parallel.box import Box
 from accel_parallel.checkpoint import Checkpoint, Item, save_checkpoint
@@ -195,3 +197,51 @@ def test_errors_of_the_libraries_below_are_those_of_a_store(monkeypatch: pytest.
         save(RUN, 0)
     with patch.object(MemoryFileSystem, "find", fail), pytest.raises(OSError, match="no route to host"):
         shelf_of(RUN).latest()
+
+
+class Upload(AbstractBufferedFile):
+    """An object that goes up in parts, and is there once they are put together."""
+
+    parts: list[bytes] = []  # noqa: RUF012 # of the test below
+
+    def _initiate_upload(self) -> None:
+        self.parts.clear()
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        self.parts.append(self.buffer.getvalue())
+        if final:
+            self.fs.store[self.path] = MemoryFile(data=b"".join(self.parts))
+        return True
+
+    def discard(self) -> None:
+        self.parts.clear()
+
+
+def test_an_upload_that_fails_is_thrown_away() -> None:
+    def open_(self: MemoryFileSystem, path: str, mode: str, block_size: int) -> Upload:
+        return Upload(self, self._strip_protocol(path), mode, block_size=10)
+
+    def broken() -> Iterator[bytes]:
+        yield b"x" * 25
+        raise OSError("the tensor cannot be read")
+
+    folder = RemoteFolder(RUN)
+    with patch.object(MemoryFileSystem, "open", open_):
+        assert folder.write("whole", [b"a" * 25, b"b"], sync=True).size_bytes == 26
+        with pytest.raises(OSError, match="the tensor cannot be read"):
+            folder.write("broken", broken(), sync=True)
+        gc.collect()  # of what would be completed by being closed
+    assert Upload.parts == []
+    assert ObjectStore(RUN).names() == ["whole"]
+    assert ObjectStore(RUN).read("whole") == b"a" * 25 + b"b"
+
+
+def test_objects_that_are_gone_already_count_as_removed() -> None:
+    store = ObjectStore(RUN)
+    for name in ("a", "b", "c[1]", "c1"):
+        store.put(name, b"1")
+    store.remove(["a", "gone", "b"])
+    assert store.names() == ["c1", "c[1]"]
+    store.remove(["c[1]"])  # no pattern
+    assert store.names() == ["c1"]
+    store.remove([])

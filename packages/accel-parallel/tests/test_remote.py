@@ -270,6 +270,22 @@ def test_files_that_another_took_for_leftovers_are_not_committed(store: dict[str
     assert saved_step(RUN) == 0
 
 
+def test_what_is_given_up_goes_or_is_said_to_stay(store: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    staging = RemoteStaging(RUN)
+    token = staging.begin(os.getpid())
+    folder = staging.folder(token)
+    for name in ("a", "b"):
+        folder.write(name, [b"1"], sync=True)
+    staging.remove(token, "a")
+    staging.remove(token, "a")
+    assert [name.rpartition("/")[2] for name in store] == ["b"]
+    with patch.object(MemoryFileSystem, "find", side_effect=OSError("no answer")):
+        staging.abandon(token)
+    assert "What was written of memory://bucket/run was left there (no answer)" in caplog.text
+    staging.abandon(token)
+    assert not store
+
+
 def test_saves_in_progress_are_left_alone(store: dict[str, Any]) -> None:
     child = subprocess.Popen(["true"])
     child.wait()
