@@ -112,25 +112,13 @@ class TensorFile:
         try:
             if length > min(size - 8, _HEADER_LIMIT):
                 raise ValueError("it is shorter than its header says")
-            entries = {}
-            for name, entry in json.loads(bytes(self._file.view(8, 8 + length))).items():
-                if name == "__metadata__":
-                    continue
-                dtype = getattr(torch, _NAMES.get(entry["dtype"], ""), None)
-                if not isinstance(dtype, torch.dtype):
-                    raise ValueError(f"torch {torch.__version__} has no dtype {entry['dtype']}")
-                found = TensorShape(tuple(entry["shape"]), dtype)
-                begin, end = entry["data_offsets"]
-                if min(found.shape, default=0) < 0 or not 0 <= begin <= end <= size - 8 - length:
-                    raise ValueError(f"`{name}` would lie outside of it")
-                if end - begin != found.nbytes:
-                    raise ValueError(f"`{name}` has {end - begin} bytes instead of {found.nbytes}")
-                entries[name] = (found, 8 + length + begin)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            header = json.loads(bytes(self._file.view(8, 8 + length)))
+            found = _entries(header, size - 8 - length)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"`{self.location}` is no file of tensors ({error}). Restore it, or load another checkpoint."
             ) from error
-        return entries
+        return {name: (shape, 8 + length + begin) for name, (shape, begin) in found.items()}
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Each of its tensors by name, not read yet."""
@@ -158,6 +146,38 @@ class TensorFile:
         # A file of somebody else's may have a header that is no multiple of 8 bytes.
         aligned = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()
         return aligned.view(dtype).view(shape)
+
+
+def _entries(header: Any, size: int) -> dict[str, tuple[TensorShape, int]]:
+    """Each tensor of a header, and where it begins in the `size` bytes behind; they fill these without a gap.
+
+    Raises:
+        ValueError: if they do not. What is no header at all raises a KeyError, TypeError or AttributeError.
+    """
+    found: dict[str, tuple[TensorShape, int]] = {}
+    places: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = getattr(torch, _NAMES.get(entry["dtype"], ""), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"torch {torch.__version__} has no dtype {entry['dtype']}")
+        begin, end = entry["data_offsets"]
+        shape = TensorShape(tuple(entry["shape"]), dtype)
+        if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape.shape, begin, end)):
+            raise ValueError(f"`{name}` has a shape or a place of other than whole numbers")
+        if end - begin != shape.nbytes:
+            raise ValueError(f"`{name}` has {end - begin} bytes instead of {shape.nbytes}")
+        found[name] = (shape, begin)
+        places.append((begin, end, name))
+    filled = 0
+    for begin, end, name in sorted(places):
+        if begin != filled:
+            raise ValueError(f"`{name}` begins at byte {begin}, and what is before it ends at {filled}")
+        filled = end
+    if filled != size:
+        raise ValueError(f"its tensors take {filled} bytes, and it holds {size}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
