@@ -175,6 +175,20 @@ def test_two_groups_are_not_in_the_order_of_the_model(tmp_path: Path, say: Say) 
     check(tmp_path / "new", model, optimizer)
 
 
+@pytest.mark.parametrize("why", ["sorted", "two groups"])
+def test_an_order_that_shapes_agree_with_by_chance_is_not_taken(why: str, tmp_path: Path, say: Say) -> None:
+    model = nn.Sequential(OrderedDict(b=nn.Linear(4, 4, bias=False), a=nn.Linear(4, 4, bias=False)))
+    optimizer = trained(model, torch.optim.Adam)
+    if why == "two groups":
+        groups = [{"params": [model.a.weight]}, {"params": [model.b.weight]}]
+        optimizer = torch.optim.Adam(groups)  # type: ignore[arg-type]
+        model(torch.randn(6, 4)).sum().backward()
+        optimizer.step()
+    source = write_accelerate(tmp_path / "old", model, optimizer, safe=why == "sorted")
+    with pytest.raises(CheckpointError, match=r"numbers its 2 parameters in . groups? and names none"):
+        say(source, tmp_path / "new")
+
+
 def test_names_that_do_not_fit_are_refused(tmp_path: Path, say: Say) -> None:
     model = network()
     source = write_accelerate(tmp_path / "old", model, trained(model, torch.optim.Adam))

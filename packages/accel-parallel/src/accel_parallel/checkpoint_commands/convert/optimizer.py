@@ -143,8 +143,9 @@ def _choose(
             for shape, name in zip(shapes, parameters, strict=True)
         ):
             return parameters, "in the order of the model's file, which all shapes agree with"
+    grouped = "1 group" if len(groups) == 1 else f"{len(groups)} groups"
     raise CheckpointError(
-        f"{where} numbers its {len(keys)} parameters in {len(groups)} groups and names none, and shapes fit the "
+        f"{where} numbers its {len(keys)} parameters in {grouped} and names none, and shapes fit the "
         f"{len(parameters)} tensors of the model in more than one way, or in none. {_HOW}"
     )
 
