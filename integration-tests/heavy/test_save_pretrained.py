@@ -71,14 +71,6 @@ CASES = [
     if world not in DIVIDES or kind in ("llama", "tied", "half")
 ]  # fmt: skip
 
-TWICE = pytest.mark.xfail(
-    strict=True, reason="`get_state_dict` of a divided model gives a tied tensor as a copy for each of its names"
-)
-FILES = [
-    pytest.param(*case, marks=TWICE if case[0] not in ("one", "DDP") and case[1] not in ("llama", "experts") else ())
-    for case in CASES
-]
-
 
 def build(kind: str) -> Any:
     import transformers  # type: ignore[import-not-found, unused-ignore]
@@ -197,7 +189,7 @@ def test_what_is_read_back_is_what_was_trained(saved: Saved, world: str, kind: s
     assert not torch.equal(first, next(iter(model.parameters()))), "it was never trained"
 
 
-@pytest.mark.parametrize(("world", "kind"), FILES)
+@pytest.mark.parametrize(("world", "kind"), CASES)
 def test_files_hold_what_a_plain_model_would_write(saved: Saved, world: str, kind: str, tmp_path: Path) -> None:
     """Each tensor once, tied ones under the name that `transformers` keeps, and nothing else in the folder."""
     folder, plain = saved(world, kind), build(kind)

@@ -8,13 +8,15 @@
 `outgoing`            the files that a rank writes
 `tensor_file`         reading and writing files of tensors part by part
 `manifest`            what a checkpoint says of itself: items, files, sizes, checksums
-`folder`              where files are
-`staging`             how a new checkpoint takes its name
+`location`            a path, or the URL of an object store
+`folder`              where files are: on a disk, or in an `object_store` (`remote`)
+`staging`             how a new checkpoint takes its name; `owner` says whether who began one still lives
 `background`          saves that go on while the run trains: a copy of the state (`host_buffer`), and a process
                       of its own (`writer`)
 `commit`              every rank takes part: all of it, or nothing
 `store`               reading a checkpoint
 `layout`              names of folders, which is the latest, which may go
+`shelf`               the same questions asked of a folder or of an object store (`remote_shelf`)
 ====================  ==========================================================
 
 Names are imported when they are first used: a run that never saves never loads them.

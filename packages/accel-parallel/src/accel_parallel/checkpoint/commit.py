@@ -49,12 +49,13 @@ def save_checkpoint(
     """Write a checkpoint. Every rank must call this, each with the items that it owns or shares.
 
     Args:
-        final: folder to end up in; a complete checkpoint there is replaced once the new one is complete.
+        final: folder, or URL of an object store, to end up in; a complete checkpoint there is replaced once the new one
+            is complete.
         items: this rank's items. Names are unique over all ranks, but for shared items, which all ranks give.
         process: the open process.
         step: optimizer steps taken, for the manifest.
         strategy: name of the strategy, for the manifest.
-        sync: whether files are flushed to the disk. Without it a crash of the machine, never one of the process, may
+        sync: whether files are flushed to the disk; an object store keeps what it has taken. Without it a crash of the machine, never one of the process, may
             leave a checkpoint whose files are empty or old; its checksums tell.
         spread: whether divided tensors are written by all ranks, or by the main process alone.
 

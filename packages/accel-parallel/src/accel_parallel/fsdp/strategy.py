@@ -240,12 +240,18 @@ class FSDPStrategy(SingleStrategy):
         super().load_optimizer_state(optimizer, names, OptimizerState(state=own, groups=state.groups))
 
     def full_state(self, model: nn.Module, *, everywhere: bool = True) -> dict[str, torch.Tensor]:
-        state: dict[str, torch.Tensor] = {}
         keeps = everywhere or self.process.topology.is_main
+        # Tied ones are one tensor under all of their names, as in one process: gathered once, and written once.
+        held = self.unwrap(model).state_dict(keep_vars=True)
+        wholes: dict[int, torch.Tensor] = {}
+        state: dict[str, torch.Tensor] = {}
         for name, value in self.model_state(model).items():
-            full = whole(value)
+            identity = id(held[name])
+            if identity not in wholes:
+                full = whole(value)
+                wholes[identity] = (full if everywhere else full.cpu()) if keeps else full.new_empty(0)
             if keeps:
-                state[name] = full if everywhere else full.cpu()
+                state[name] = wholes[identity]
         return state
 
     @contextmanager

@@ -6,6 +6,7 @@ which makes tensors, containers, numbers and text, and refuses every other class
 
 from __future__ import annotations
 
+import re
 import struct
 import zipfile
 from io import BytesIO
@@ -66,11 +67,16 @@ def _array_names() -> list[Any]:
 
 
 def _refusal(what: str, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()
-    # torch's advice, on several lines, is to read the file without restraint.
-    found = next((line.strip() for line in reason if "Unsupported" in line or "WeightsUnpickler" in line), "")
-    found = found or (reason[0] if reason else type(error).__name__)
+    # torch's own text advises to read the file without restraint; only what it names is of use.
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named is not None:
+        return CheckpointError(
+            f"`{what}` holds `{named[1]}` and not only tensors and plain values, and a pickle is never run in full, since "
+            f"it does whatever it says. Write it again with such values only."
+        )
+    reason = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ is not None else error
+    said = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
     return CheckpointError(
-        f"`{what}` holds more than tensors and plain values, or is damaged ({found[:300]}), and is never unpickled in "
-        f"full, since that runs whatever it says. Write it again with such values only."
+        f"`{what}` cannot be read as tensors and plain values ({said[:200]}): it is damaged, or no file of `torch.save`. "
+        f"Restore it, then convert again."
     )
