@@ -55,8 +55,8 @@ def save_checkpoint(
         process: the open process.
         step: optimizer steps taken, for the manifest.
         strategy: name of the strategy, for the manifest.
-        sync: whether files are flushed to the disk; an object store keeps what it has taken. Without it a crash of the machine, never one of the process, may
-            leave a checkpoint whose files are empty or old; its checksums tell.
+        sync: whether files are flushed to the disk; an object store keeps what it has taken. Without it a crash of the
+            machine, never one of the process, may leave a checkpoint whose files are empty or old; its checksums tell.
         spread: whether divided tensors are written by all ranks, or by the main process alone.
 
     Returns:

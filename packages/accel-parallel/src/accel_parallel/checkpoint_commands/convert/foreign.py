@@ -71,12 +71,12 @@ def _refusal(what: str, error: Exception) -> CheckpointError:
     named = re.search(r"GLOBAL (\S+)", str(error))
     if named is not None:
         return CheckpointError(
-            f"`{what}` holds `{named[1]}` and not only tensors and plain values, and a pickle is never run in full, since "
-            f"it does whatever it says. Write it again with such values only."
+            f"`{what}` holds `{named[1]}` and not only tensors and plain values, and a pickle is never run in full, "
+            f"since it does whatever it says. Write it again with such values only."
         )
     reason = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ is not None else error
     said = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
     return CheckpointError(
-        f"`{what}` cannot be read as tensors and plain values ({said[:200]}): it is damaged, or no file of `torch.save`. "
-        f"Restore it, then convert again."
+        f"`{what}` cannot be read as tensors and plain values ({said[:200]}): it is damaged, or no file of "
+        f"`torch.save`. Restore it, then convert again."
     )
