@@ -47,7 +47,7 @@ class Net(nn.Module):
         self.enter = nn.Linear(5, 7)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 7)) for _ in range(2))
         self.leave = nn.Linear(7, 5)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ def run(arguments: dict[str, Any], folder: Path, steps: int, background: bool) -
             scheduler.step()
             optimizer.zero_grad()
             seen.append(accelerator.gather_for_metrics(numbers).tolist())
-            losses.append(accelerator.gather_for_metrics(loss.detach().repeat(max(real, 1)) / max(real, 1)).sum().item())
+            losses.append(accelerator.reduce(loss.detach(), "sum").item())
             if len(seen) == steps:
                 break
     with several_files():
