@@ -6,7 +6,9 @@ that a killed process has left is waited for without end.
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from accel_state.env import told_to_others
@@ -22,9 +24,8 @@ _STALE_S = 600.0
 
 def tell_of_locks() -> None:
     """Say aloud which lock of the operator that every run on a CPU needs will be waited for."""
-    for lock in _locks():
+    for lock, age in _locks():
         if lock.parent.name == _COMMUNICATION:
-            age = time.time() - lock.stat().st_mtime
             logger.warning(
                 "DeepSpeed's operator %s is being compiled since %.0f s, and this process waits for that. If no "
                 "process is compiling any more, it was killed: remove %s, and everybody goes on.",
@@ -50,8 +51,8 @@ def build_operators(*, stale_s: float = _STALE_S) -> list[str]:
         ShareMemCommBuilder,
     )
 
-    for lock in _locks():
-        if time.time() - lock.stat().st_mtime > stale_s:
+    for lock, age in _locks():
+        if age > stale_s:
             lock.unlink(missing_ok=True)
     built = []
     for builder in (ShareMemCommBuilder(), CPUAdamBuilder()):
@@ -60,8 +61,15 @@ def build_operators(*, stale_s: float = _STALE_S) -> list[str]:
     return built
 
 
-def _locks() -> list[Path]:
+def _locks() -> list[tuple[Path, float]]:
+    """Those that there are, and the seconds since each was made. Other processes remove theirs meanwhile."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = told_to_others("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    return sorted(Path(root).glob("**/lock"))
+    found = []
+    for folder, _, names in os.walk(root):
+        if "lock" in names:
+            with suppress(FileNotFoundError):
+                lock = Path(folder, "lock")
+                found.append((lock, time.time() - lock.stat().st_mtime))
+    return sorted(found)
