@@ -27,6 +27,7 @@ from accel_parallel.checkpoint import (
     latest_checkpoint,
     next_number,
     numbered_path,
+    save_checkpoint,
     write_checkpoint,
 )
 from accel_parallel.checkpoint import background as background_module
@@ -40,7 +41,7 @@ from accel_parallel.checkpoint.shelf import LocalShelf
 from accel_parallel.checkpoint.staging import staging_of
 from accel_parallel.checkpoint.writer import Job, Links, perform
 from accel_state import CheckpointError, Process, ProcessSettings
-from accel_state.testing import run_ranks
+from accel_state.testing import RankError, run_ranks
 
 CRASH, FAILED = 77, 3
 DISK = [(os, "write"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "unlink"), (Path, "rename")]
@@ -528,6 +529,46 @@ def test_a_writer_that_is_killed_leaves_what_was_saved(tmp_path: Path, victim: i
         assert left == ["run"]  # nothing waits for the run to end to be cleared up
         assert step == 0
     assert saved_step(tmp_path / "run", 2) == 2
+
+
+def killed_itself(folder: str, blocking: bool) -> None:
+    """On a rank: rank 1 is killed in the middle of its part of a save."""
+    process = Process.current()
+    rank = process.topology.rank
+    if blocking:
+        write = LocalFolder.write
+
+        def die(to: LocalFolder, name: str, chunks: Any, *, sync: bool) -> Any:
+            if rank == 1 and name.endswith(".safetensors"):
+                write(to, name, list(chunks)[:1], sync=sync)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(to, name, chunks, sync=sync)
+
+        with patch.object(LocalFolder, "write", die):
+            save_checkpoint(Path(folder, "run"), items_of(rank, 1), process=process, step=1, strategy="any")
+    saver = BackgroundSaver(process)
+    saver.save(Path(folder, "run"), items_of(rank, 1), step=1, strategy="any")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    saver.settle()
+
+
+def test_a_rank_that_is_killed_while_it_saves_leaves_what_was_saved(tmp_path: Path) -> None:
+    save(tmp_path / "run", 0, 2)
+    with pytest.raises(RankError, match="Rank 1 died without a word, killed by signal SIGKILL"):
+        run_ranks(killed_itself, 2, str(tmp_path), True, timeout_s=20.0)
+    assert saved_step(tmp_path / "run", 2) == 0
+    save(tmp_path / "run", 3, 2)
+    assert saved_step(tmp_path / "run", 2) == 3
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_rank_that_is_killed_while_its_writer_writes_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "run", 0, 2)
+    with pytest.raises(RankError, match="Rank 1 died without a word, killed by signal SIGKILL"):
+        run_ranks(killed_itself, 2, str(tmp_path), False, timeout_s=20.0)
+    # Whether the main process's writer was killed too, by those who clear up after a test, before it was done.
+    assert saved_step(tmp_path / "run", 2) in (0, 1)
 
 
 def filled_by_one(folder: str) -> tuple[str, list[str]]:
