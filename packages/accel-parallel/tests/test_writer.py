@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +25,17 @@ from accel_parallel.checkpoint import (
     latest_checkpoint,
     next_number,
     numbered_path,
-    save_checkpoint,
     write_checkpoint,
 )
-from accel_parallel.checkpoint import background as background_module
 from accel_parallel.checkpoint import writer as writer_module
 from accel_parallel.checkpoint.background import BackgroundSaver
 from accel_parallel.checkpoint.folder import LocalFolder
-from accel_parallel.checkpoint.host_buffer import HostBuffer
 from accel_parallel.checkpoint.layout import previous_path
 from accel_parallel.checkpoint.outgoing import Outgoing
 from accel_parallel.checkpoint.shelf import LocalShelf
 from accel_parallel.checkpoint.staging import staging_of
 from accel_parallel.checkpoint.writer import Job, Links, perform
 from accel_state import CheckpointError, Process, ProcessSettings
-from accel_state.testing import RankError, run_ranks
 
 CRASH, FAILED = 77, 3
 DISK = [(os, "write"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "unlink"), (Path, "rename")]
@@ -517,111 +511,6 @@ def test_a_new_run_that_clears_up_does_not_break_what_an_old_one_is_completing(
 
 
 # As a process
-
-
-def killed_while_it_writes(folder: str, victim: int) -> tuple[str, list[str], int]:
-    """On a rank: one rank's writer is killed before it can have done its part; then all save again."""
-    process = Process.current()
-    rank, world = process.topology.rank, process.topology.world_size
-    saver = BackgroundSaver(process)
-    saver.save(Path(folder, "run"), items_of(rank, 0), step=0, strategy="any")
-    stopped = patch.object(background_module, "_CODE", "import signal; signal.pause()") if rank == victim else None
-    with stopped or nullcontext():
-        pending = saver.save(Path(folder, "run"), items_of(rank, 1), step=1, strategy="any")
-    if rank == victim:
-        os.kill(child_of(os.getpid(), "signal.pause"), signal.SIGKILL)
-    with pytest.raises(CheckpointError, match="Earlier ones are untouched") as caught:
-        pending.wait()
-    process.barrier()
-    left, step = os.listdir(folder), saved_step(Path(folder, "run"), world)
-    saver.save(Path(folder, "run"), items_of(rank, 2), step=2, strategy="any").wait()
-    saver.close()
-    return str(caught.value), left, step
-
-
-def child_of(pid: int, command: str) -> int:
-    """The process that `pid` has started with such a word in its command line."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            with suppress(OSError):
-                if command in Path(f"/proc/{child}/cmdline").read_text():
-                    return int(child)
-        time.sleep(0.01)
-    raise AssertionError(f"{pid} has no child with `{command}`")
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_writer_that_is_killed_leaves_what_was_saved(tmp_path: Path, victim: int) -> None:
-    for message, left, step in run_ranks(killed_while_it_writes, 2, str(tmp_path), victim):
-        assert "the process that wrote it ended with code -9" in message
-        assert left == ["run"]  # nothing waits for the run to end to be cleared up
-        assert step == 0
-    assert saved_step(tmp_path / "run", 2) == 2
-
-
-def killed_itself(folder: str, blocking: bool) -> None:
-    """On a rank: rank 1 is killed in the middle of its part of a save."""
-    process = Process.current()
-    rank = process.topology.rank
-    if blocking:
-        write = LocalFolder.write
-
-        def die(to: LocalFolder, name: str, chunks: Any, *, sync: bool) -> Any:
-            if rank == 1 and name.endswith(".safetensors"):
-                write(to, name, list(chunks)[:1], sync=sync)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return write(to, name, chunks, sync=sync)
-
-        with patch.object(LocalFolder, "write", die):
-            save_checkpoint(Path(folder, "run"), items_of(rank, 1), process=process, step=1, strategy="any")
-    saver = BackgroundSaver(process)
-    saver.save(Path(folder, "run"), items_of(rank, 1), step=1, strategy="any")
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    saver.settle()
-
-
-def test_a_rank_that_is_killed_while_it_saves_leaves_what_was_saved(tmp_path: Path) -> None:
-    save(tmp_path / "run", 0, 2)
-    with pytest.raises(RankError, match="Rank 1 died without a word, killed by signal SIGKILL"):
-        run_ranks(killed_itself, 2, str(tmp_path), True, timeout_s=20.0)
-    assert saved_step(tmp_path / "run", 2) == 0
-    save(tmp_path / "run", 3, 2)
-    assert saved_step(tmp_path / "run", 2) == 3
-    assert os.listdir(tmp_path) == ["run"]
-
-
-def test_a_rank_that_is_killed_while_its_writer_writes_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    save(tmp_path / "run", 0, 2)
-    with pytest.raises(RankError, match="Rank 1 died without a word, killed by signal SIGKILL"):
-        run_ranks(killed_itself, 2, str(tmp_path), False, timeout_s=20.0)
-    # Whether the main process's writer was killed too, by those who clear up after a test, before it was done.
-    assert saved_step(tmp_path / "run", 2) in (0, 1)
-
-
-def filled_by_one(folder: str) -> tuple[str, list[str]]:
-    """On a rank: copying fails on one, which must not leave the other with a save of its own."""
-    process = Process.current()
-    rank = process.topology.rank
-    saver = BackgroundSaver(process)
-    failing = patch.object(HostBuffer, "put", side_effect=RuntimeError("out of memory")) if rank == 1 else None
-    with failing or nullcontext(), pytest.raises(CheckpointError, match="could not be written") as caught:
-        saver.save(Path(folder, "run"), items_of(rank, 0), step=0, strategy="any")
-    assert saver.pending is None
-    process.barrier()
-    left = os.listdir(folder)
-    process.barrier()
-    saver.save(Path(folder, "run"), items_of(rank, 2), step=2, strategy="any").wait()
-    saver.close()
-    return str(caught.value), left
-
-
-def test_a_copy_that_fails_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
-    for message, left in run_ranks(filled_by_one, 2, str(tmp_path)):
-        assert "(rank 1: RuntimeError: out of memory)" in message
-        assert left == []
-    assert saved_step(tmp_path / "run", 2) == 2
 
 
 def test_a_writer_loads_no_torch() -> None:
