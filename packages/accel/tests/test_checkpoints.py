@@ -140,6 +140,38 @@ def test_two_of_everything_come_back_each_as_its_own(alone: None, tmp_path: Path
     assert schedule.scheduler.last_epoch == 1
 
 
+def test_tensors_in_lists_and_groups_of_an_optimizer_come_back_as_tensors(alone: None, tmp_path: Path) -> None:
+    def trained(optimizer: Any, again: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        accelerator = Accelerator()
+        model = nn.Linear(3, 3)
+        model, optimizer = accelerator.prepare(model, optimizer(model.parameters()))
+        inputs = torch.arange(12.0).reshape(4, 3) / 12
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = (model(inputs) - inputs.flip(0)).square().sum()
+            accelerator.backward(loss)
+            return loss
+
+        optimizer.step(closure)
+        if again:
+            accelerator.save_state(tmp_path / "a")
+            accelerator.load_state(tmp_path / "a")
+        optimizer.step(closure)
+        return weights(model)
+
+    def remembering(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)
+
+    def compilable(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=torch.tensor(0.1), betas=(torch.tensor(0.9), torch.tensor(0.99)))
+
+    for make in (remembering, compilable):
+        for ours, theirs in zip(trained(make, True), trained(make, False), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_objects_that_do_not_match_are_named(alone: None, tmp_path: Path) -> None:
     accelerator, _ = script(tmp_path, num=2)
     accelerator.save_state()

@@ -409,4 +409,18 @@ def _content(state: OptimizerState) -> dict[str, Any]:
 
 
 def _optimizer_state(content: Mapping[str, Any]) -> OptimizerState:
-    return OptimizerState(state=content["state"], groups=content["groups"], engine=content.get("engine", {}))
+    """The same from an item. Strategies read tensors of parameters part by part; those in lists and groups are read."""
+    state = {
+        name: {key: each if isinstance(each, files.StoredTensor) else _in_memory(each) for key, each in entries.items()}
+        for name, entries in content["state"].items()
+    }
+    return OptimizerState(state=state, groups=_in_memory(content["groups"]), engine=content.get("engine", {}))
+
+
+def _in_memory(value: Any) -> Any:
+    """The same with every tensor that is in a file in memory."""
+    if isinstance(value, files.StoredTensor):
+        return value.read()
+    if isinstance(value, dict):
+        return {key: _in_memory(each) for key, each in value.items()}
+    return type(value)(_in_memory(each) for each in value) if isinstance(value, (list, tuple)) else value
