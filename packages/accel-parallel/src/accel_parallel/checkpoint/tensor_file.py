@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -55,8 +56,13 @@ class TensorShape(NamedTuple):
 
 def name_of_dtype(dtype: torch.dtype) -> str | None:
     """What a header calls a dtype; ``None`` where a file cannot hold it."""
-    known = {getattr(torch, ours, None): theirs for theirs, ours in _NAMES.items()}
-    return known.get(dtype)
+    return _names_by_dtype().get(dtype)
+
+
+@cache
+def _names_by_dtype() -> Mapping[object, str]:
+    """Made once: asking for one takes longer than all else that is done for a small tensor."""
+    return {getattr(torch, ours, None): theirs for theirs, ours in _NAMES.items()}
 
 
 def order_in_file(tensors: Mapping[str, TensorShape]) -> list[str]:
