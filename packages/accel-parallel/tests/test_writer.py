@@ -484,7 +484,6 @@ def test_an_old_checkpoint_that_stays_is_told(tmp_path: Path) -> None:
 # A run that begins while a writer of one that is gone still writes
 
 
-@pytest.mark.xfail(reason="`_remove_leftovers` takes files out of a folder that may take its name", strict=True)
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_new_run_that_clears_up_does_not_break_what_an_old_one_is_completing(
     tmp_path: Path, dead: int, at: int

@@ -282,16 +282,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     ("world", "arguments"),
     [
         pytest.param(1, {}, id="one"),
-        pytest.param(
-            2,
-            SHARD,
-            id="fsdp 2",
-            marks=pytest.mark.xfail(
-                reason="`_as_divided` of FSDP copies what it has just read from files, and malloc reuses none of it",
-                raises=AssertionError,
-                strict=False,
-            ),
-        ),
+        pytest.param(2, SHARD, id="fsdp 2"),
     ],
 )
 def test_loading_needs_little_more_than_what_is_loaded(

@@ -7,7 +7,7 @@ this package.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "Box", "box_of", "in_memory", "in_memory_all", "is_divided", "is_sharded", "like", "local_of", "owned_pieces",
+    "Box", "box_of", "in_memory", "is_divided", "is_sharded", "like", "local_of", "owned_pieces", "read_all",
     "part_of", "range_of", "to_copy", "total_norm", "whole",
 ]  # fmt: skip
 
@@ -123,12 +123,12 @@ def in_memory(value: Any) -> Any:
     return value.read() if isinstance(getattr(value, "shape", None), torch.Size) and hasattr(value, "read") else value
 
 
-def in_memory_all(values: Sequence[Any]) -> list[Any]:
-    """Each of them as of `in_memory`, several files' worth read at once: memory that is new takes longest to fill."""
+def read_all(read: Callable[[Any, Any], Any], values: Sequence[Any], references: Sequence[Any]) -> list[Any]:
+    """What `read` gives of each, several files' worth at once: memory that is new takes longest to fill."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        return list(pool.map(in_memory, values))
+        return list(pool.map(read, values, references))
 
 
 def to_copy(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from accel_parallel.clip import check_clip, gradients_of, scale_gradients_
-from accel_parallel.sharded import in_memory_all, to_copy
+from accel_parallel.sharded import in_memory, read_all, to_copy
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import DistributedType, Process
@@ -234,7 +234,13 @@ class SingleStrategy:
             groups.append({**settings, "params": list(range(offset, offset + count))})
             offset += count
         places = [(name, key) for name, entries in state.state.items() for key in entries]
-        values = in_memory_all([state.state[name][key] for name, key in places])
+        parameters = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
+        optimizer.state.clear()  # its memory is for what comes
+        values = read_all(
+            self._own_entry,
+            [state.state[name][key] for name, key in places],
+            [parameters.get(name) for name, _ in places],
+        )
         held: dict[str, dict[str, Any]] = {name: {} for name in state.state}
         for (name, key), value in zip(places, values, strict=True):
             held[name][key] = value
@@ -242,6 +248,14 @@ class SingleStrategy:
             {"state": {position[name]: entries for name, entries in held.items()}, "param_groups": groups}
         )
         _restore_dtypes(optimizer, names, held)
+
+    def _own_entry(self, value: Any, parameter: torch.Tensor | None) -> Any:
+        """An entry of an optimizer's state as this rank holds it, where the parameter is, so that the host never
+        holds all of them."""
+        found = in_memory(value)
+        if parameter is None or not isinstance(found, torch.Tensor) or not found.dim():
+            return found
+        return found.to(parameter.device) if found.shape == parameter.shape else found
 
     def full_state(self, model: nn.Module, *, everywhere: bool = True) -> dict[str, torch.Tensor]:
         return self.model_state(model)

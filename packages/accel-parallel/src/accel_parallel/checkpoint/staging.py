@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -145,7 +146,14 @@ def _remove_leftovers(final: Path) -> None:
     for path in final.parent.glob(".*.tmp-*"):
         match = re.fullmatch(r"\..*\.tmp-(.+)-([0-9]+)-[0-9a-f]{8}", path.name)
         if match and match[1] == host_name() and not lives(int(match[2])):
+            _discard_leftover(path)
+    for pattern in (".checkpoint_*.removed", ".*.tmp-*.removed"):
+        for path in final.parent.glob(pattern):
             remove_tree(path)
-    for path in final.parent.glob(".checkpoint_*.removed"):
-        remove_tree(path)
     remove_tree(final.with_name(f".{final.name}.previous.removed"))
+
+
+def _discard_leftover(path: Path) -> None:
+    """Out of sight by one rename first: a writer that outlived its run may be about to let it take its name."""
+    with suppress(OSError):  # it has taken it meanwhile, another run was faster, or it cannot be removed
+        discard(path)

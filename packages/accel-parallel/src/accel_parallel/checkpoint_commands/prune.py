@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accel_parallel.checkpoint.layout import discard, remove_tree
+from accel_parallel.checkpoint.layout import discard
 from accel_parallel.checkpoint.location import is_remote
 from accel_parallel.checkpoint.shelf import shelf_of
 from accel_parallel.checkpoint_commands.arguments import Arguments, whole_number
@@ -121,10 +121,8 @@ def _problem_removing(place: Place) -> str | None:
     """Remove a folder; why it is still there, if it is. The run itself may have removed it meanwhile."""
     path, problem = Path(place.location), ""
     try:
-        if place.manifest is not None:
-            discard(path)
-        else:
-            remove_tree(path)
+        # By one rename first: a writer that outlived its run may be about to let it take its name.
+        discard(path)
     except OSError as error:
         problem = f" ({error})"
     return f"`{path}`{problem}" if path.exists() else None

@@ -41,7 +41,7 @@ from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.recompute import checkpoint_activations
 from accel_parallel.sharded import in_memory, is_sharded, like, local_of, part_of, total_norm, whole
 from accel_parallel.single import SingleStrategy
-from accel_parallel.strategy import Bundle, OptimizerState
+from accel_parallel.strategy import Bundle
 from accel_state.errors import ConfigError
 from accel_state.process import DistributedType, Process
 from accel_state.protocols import LossScaler
@@ -229,15 +229,10 @@ class FSDPStrategy(SingleStrategy):
             for name, value in state.items():
                 local_of(present[name]).copy_(part_of(value, present[name]))
 
-    def load_optimizer_state(
-        self, optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: OptimizerState
-    ) -> None:
-        parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
-        own = {
-            name: {key: _as_divided(value, parameters.get(name)) for key, value in entries.items()}
-            for name, entries in state.state.items()
-        }
-        super().load_optimizer_state(optimizer, names, OptimizerState(state=own, groups=state.groups))
+    def _own_entry(self, value: Any, parameter: torch.Tensor | None) -> Any:
+        if parameter is None or not is_sharded(parameter):
+            return super()._own_entry(value, parameter)
+        return _as_divided(value, parameter)
 
     def full_state(self, model: nn.Module, *, everywhere: bool = True) -> dict[str, torch.Tensor]:
         keeps = everywhere or self.process.topology.is_main
@@ -464,4 +459,5 @@ def _as_divided(value: Any, parameter: torch.Tensor | None) -> Any:
     if getattr(value, "shape", None) != parameter.shape or not len(parameter.shape):
         return in_memory(value)
     own = part_of(value, parameter)
-    return like(own.to(local_of(parameter).device, copy=True), parameter)
+    # What was read from files is in memory of its own already.
+    return like(own.to(local_of(parameter).device, copy=isinstance(value, torch.Tensor)), parameter)
