@@ -159,6 +159,7 @@ def without_memory(folder: str) -> tuple[str, list[str]]:
         with pytest.raises(CheckpointError, match="bytes of host memory to copy to") as caught:
             accelerator.save_state(blocking=False)
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        process.barrier()  # the main process clears up
         left = os.listdir(Path(folder, "checkpoints"))
         accelerator.save_state(blocking=False).wait()
         accelerator.end_training()
@@ -286,3 +287,118 @@ def test_signals_that_cannot_be_caught_are_refused(alone: None, tmp_path: Path) 
     assert accelerator.stop_requested()
     assert signal.getsignal(signal.SIGTERM) == before  # a second one means it
     accelerator.end_training()
+
+
+def test_an_interrupted_wait_leaves_the_memory_to_its_writer(alone: None, tmp_path: Path) -> None:
+    accelerator, model, _ = prepared(tmp_path, width=3_000_000)
+    first = accelerator.save_state(tmp_path / "first", blocking=False)
+    before = model[0].weight[0, 0].item()
+    (writer,) = children_of(os.getpid(), "accel_parallel.checkpoint.writer")
+    os.kill(writer, signal.SIGSTOP)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        first.wait()
+    signal.signal(signal.SIGALRM, old)
+    os.kill(writer, signal.SIGCONT)
+    with torch.no_grad():
+        model[0].weight.fill_(before + 1)
+    accelerator.save_state(tmp_path / "second", blocking=False).wait()
+    weight = Checkpoint(tmp_path / "first").read("model")["0.weight"]
+    assert weight[0, 0].item() == before
+    assert not (weight == before + 1).all()
+    assert (Checkpoint(tmp_path / "second").read("model")["0.weight"] == before + 1).all()
+    assert first.wait() == tmp_path / "first"
+    accelerator.end_training()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("after_s", [0.0, 0.4])
+def test_signals_to_the_whole_group_do_not_end_a_writer(
+    alone: None, tmp_path: Path, number: int, after_s: float
+) -> None:
+    accelerator, *_ = prepared(tmp_path, width=1_000_000)
+    pending = accelerator.save_state(blocking=False)
+    time.sleep(after_s)
+    for writer in children_of(os.getpid(), "accel_parallel.checkpoint.writer"):
+        os.kill(writer, number)
+    Checkpoint(pending.wait()).verify()
+    accelerator.end_training()
+
+
+def test_whatever_the_path_and_the_folder_hold(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "a path"])
+    accelerator, *_ = prepared(Path("run"))
+    pending = accelerator.save_state(blocking=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pending.wait()
+    Checkpoint(tmp_path / "run" / "checkpoints" / "checkpoint_0").verify()
+    monkeypatch.chdir(tmp_path)
+    accelerator.end_training()
+
+
+def test_a_failure_is_raised_by_its_handle_as_often_as_it_is_asked(alone: None, tmp_path: Path) -> None:
+    accelerator, *_ = prepared(tmp_path, width=3_000_000)
+    pending = accelerator.save_state(blocking=False)
+    (writer,) = children_of(os.getpid(), "accel_parallel.checkpoint.writer")
+    os.kill(writer, signal.SIGKILL)
+    for call in (accelerator.save_state, pending.wait, pending.wait):
+        with pytest.raises(CheckpointError, match="ended with code -9"):
+            call()
+    accelerator.save_state(blocking=False)
+    accelerator.end_training()
+    assert os.listdir(tmp_path / "checkpoints") == ["checkpoint_0"]
+
+
+def skipping(folder: str) -> list[str]:
+    """What happens to saves that may be skipped once the writer of rank 1 was killed."""
+    found = []
+    with Process.open(CPU, environment=rank_environment()) as process:
+        accelerator, *_ = prepared(Path(folder))
+        accelerator.save_state(blocking=False).wait()
+        pending = accelerator.save_state(blocking=False)
+        if process.topology.rank == 1:
+            for writer in children_of(os.getpid(), "accel_parallel.checkpoint.writer"):
+                os.kill(writer, signal.SIGKILL)
+            while not pending.done:
+                time.sleep(0.01)
+        process.barrier()
+        for _ in range(3):
+            found.append("told")
+            with contextlib.suppress(CheckpointError):
+                accelerator.save_state(blocking=False, if_busy="skip").wait()
+                found[-1] = "saved"
+        accelerator.end_training()
+    return found
+
+
+def test_a_save_that_cannot_end_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    one, two = run_ranks(skipping, 2, str(tmp_path), open_process=False)
+    assert one == two
+    assert one in (["told", "saved", "saved"], ["saved"] * 3)  # the writer may have been faster
+
+
+def test_a_fork_of_the_run_has_nothing_to_wait_for(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        "if os.fork() == 0:\n    sys.exit(0)\nos.wait()\nprint(pending.wait())\naccelerator.end_training()",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint_0" in done.stdout
+    Checkpoint(tmp_path / "checkpoints" / "checkpoint_0").verify()
+
+
+def test_the_process_is_closed_though_its_last_save_failed(tmp_path: Path) -> None:
+    accelerator, *_ = prepared(tmp_path, width=3_000_000)
+    accelerator.save_state(blocking=False)
+    (writer,) = children_of(os.getpid(), "accel_parallel.checkpoint.writer")
+    os.kill(writer, signal.SIGKILL)
+    with pytest.raises(CheckpointError, match="ended with code -9"):
+        accelerator.end_training()
+    with Process.open(CPU):  # it is free
+        pass

@@ -285,3 +285,91 @@ def test_nothing_in_a_checkpoint_is_pickled(alone: None, tmp_path: Path) -> None
     folder = accelerator.save_state()
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     assert "scaler.json" in {path.name for path in folder.iterdir()}
+
+
+class Named:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+class Other(Named):
+    pass
+
+
+def test_a_state_of_another_class_is_refused_or_waived(
+    alone: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator, _ = script(tmp_path)
+    accelerator.register_for_checkpointing(Named(1), Other(2))
+    accelerator.save_state()
+    again = Accelerator(cpu=True, project_dir=tmp_path)
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    model, optimizer, _, schedule = again.prepare(
+        model, optimizer, DataLoader(TensorDataset(torch.randn(8, 2)), batch_size=2, shuffle=True), schedule
+    )
+    objects = Other(3), Named(4)
+    again.register_for_checkpointing(*objects)
+    with pytest.raises(CheckpointError, match="`optimizer` of a AdamW, here a SGD.*same order") as caught:
+        again.load_state()
+    for name in ("`scheduler` of a StepLR", "`custom` of a Named, here a Other", "`custom_1` of a Other"):
+        assert name in str(caught.value)
+    again.load_state(strict=False)
+    assert "`optimizer` is of a AdamW in the checkpoint and a SGD here, and stays as it is" in caplog.text
+    assert [each.value for each in objects] == [3, 4]
+    step(again, model, optimizer)
+
+
+def test_settings_of_groups_follow_their_parameters(alone: None, tmp_path: Path) -> None:
+    def made(order: int) -> tuple[Accelerator, Any]:
+        accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+        model = nn.Linear(2, 1)
+        groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.2}][::order]
+        return accelerator, accelerator.prepare(model, torch.optim.SGD(groups))[1]
+
+    accelerator, _ = made(1)
+    accelerator.save_state()
+    accelerator, optimizer = made(-1)
+    accelerator.load_state(strict=False)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
+
+
+def test_weights_are_not_written_into_a_checkpoint(alone: None, tmp_path: Path) -> None:
+    accelerator, (model, *_) = script(tmp_path)
+    folder = accelerator.save_state()
+    with pytest.raises(CheckpointError, match="is a checkpoint, whose own weights these would replace"):
+        accelerator.save_model(model, folder)
+    assert accelerator.load_state() == folder
+
+
+def failing_on_one(folder: str, how: str) -> str:
+    accelerator, _ = script(Path(folder))
+    rank = accelerator.process_index
+
+    def hook(*_: Any) -> None:
+        if rank == 1:
+            raise KeyError("a bug of the user's")
+
+    accelerator.save_state()
+    if how == "save":
+        accelerator.register_save_state_pre_hook(hook)
+    else:
+        accelerator.register_load_state_pre_hook(hook)
+    with pytest.raises((KeyError, CheckpointError)) as caught:  # both are looked at
+        accelerator.save_state() if how == "save" else accelerator.load_state()
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize("how", ["save", "load"])
+def test_a_hook_that_fails_on_one_rank_is_heard_of_on_all(tmp_path: Path, how: str) -> None:
+    one, two = run_ranks(failing_on_one, 2, str(tmp_path), how, settings=CPU, timeout_s=60)
+    assert one.startswith("CheckpointError: ")
+    assert "on rank(s) [1], whose output tells why" in one
+    assert two == "KeyError: \"a bug of the user's\""

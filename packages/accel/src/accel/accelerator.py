@@ -475,22 +475,26 @@ class Accelerator(CheckpointView):
     def end_training(self) -> None:
         """Finish the trackers and leave the world. Every rank must call this."""
         self._together("end_training")
-        self._saving.close()
-        self._release_signals()
-        self._tracking.finish()
-        self.process.barrier()
-        self.process.close()
+        try:
+            self._saving.close()
+        finally:  # a save that failed is raised once all else is in order
+            self._release_signals()
+            self._tracking.finish()
+            self.process.barrier()
+            self.process.close()
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Let go of all that was prepared and of `objects`, and empty the device's cache. Every rank must call this.
 
         Returns one ``None`` an object: ``model, optimizer = accelerator.free_memory(model, optimizer)``.
         """
-        self._saving.close()
-        self._engine.forget()
-        for loader in self._loaders:
-            loader.close()
-        self._loaders.clear()
+        try:
+            self._saving.close()
+        finally:
+            self._engine.forget()
+            for loader in self._loaders:
+                loader.close()
+            self._loaders.clear()
         return release_memory(*objects)
 
     clear = free_memory

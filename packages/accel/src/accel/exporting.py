@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from accel_parallel.checkpoint.manifest import MANIFEST_NAME
+from accel_parallel.checkpoint.staging import FAILURES
 from accel_state.collectives import broadcast_object_list
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.logging import tqdm
@@ -86,6 +89,11 @@ def save_weights(
         max_shard_size: of a file.
         ties: names that are left out, since models tie them again when they load.
     """
+    if (folder / MANIFEST_NAME).exists():
+        raise CheckpointError(
+            f"`{folder}` is a checkpoint, whose own weights these would replace, and it could not be loaded any more. "
+            f"Name another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     shards = list(_shards({name: tensor for name, tensor in state.items() if name not in ties}, max_shard_size))
     names = [
@@ -118,7 +126,7 @@ def on_main(write: Callable[[], None], *, process: Process, what: str) -> None:
     if process.topology.is_main:
         try:
             write()
-        except OSError as error:
+        except (*FAILURES, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
     (problem,) = broadcast_object_list([problem], process=process)
     if problem is not None:

@@ -39,7 +39,7 @@ def fit_model(name: str, stored: Mapping[str, Any], present: Mapping[str, Any]) 
 def fit_optimizer(name: str, saved: OptimizerState, present: OptimizerState) -> tuple[OptimizerState, list[str]]:
     """A state that a strict load takes: what is saved of each parameter that is here, and else what is here now.
 
-    Hyperparameters are the saved ones where there are as many groups.
+    Hyperparameters of a group are those of the saved one that it shares parameters with.
 
     Returns:
         The state, and a line on each parameter that was waived.
@@ -61,9 +61,12 @@ def fit_optimizer(name: str, saved: OptimizerState, present: OptimizerState) -> 
         if found is not None:
             state[key] = found
     own = ("params", "param_shapes", "param_dtypes")
-    groups = [
-        {**theirs, **{key: ours[key] for key in own}} for theirs, ours in zip(saved.groups, present.groups, strict=True)
-    ]
+    groups = []
+    for number, ours in enumerate(present.groups):
+        theirs = next((each for each in saved.groups if set(each["params"]) & set(ours["params"])), None)
+        if theirs is None:
+            waived.append(f"the settings of group {number} of `{name}` have none to come from, and stay as they are")
+        groups.append({**ours, **(theirs or {}), **{key: ours[key] for key in own}})
     return OptimizerState(state=state, groups=groups, engine=saved.engine or present.engine), waived
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from accel.project import ProjectConfiguration
 from accel_parallel import checkpoint as files
 from accel_parallel.checkpoint.location import Location, as_location
 from accel_parallel.checkpoint.shelf import Shelf, recover_at, shelf_of
+from accel_parallel.checkpoint.staging import FAILURES
 from accel_parallel.naming import parameter_names
 from accel_parallel.strategy import OptimizerState
 from accel_state.collectives import broadcast_object_list, gather_object
@@ -112,6 +113,10 @@ class Saving:
             self._background.close()
 
     def _contents(self, final: Location) -> list[files.Item]:
+        """Every rank must call this. What this rank gives to a checkpoint; where that fails on any, all raise."""
+        return self._all_or_none(lambda: self._own_contents(final), "What is to be saved could not be put together")
+
+    def _own_contents(self, final: Location) -> list[files.Item]:
         items = self._items()
         for hook in self.save_hooks:
             hook(list(self.engine.models), [item.state for item in items if item.kind == "model"], str(final))
@@ -147,10 +152,10 @@ class Saving:
         # Everything is proved, each file by one rank, and then read, before anything is changed on any.
         checkpoint = self._agree(lambda: self._proved(folder, strict=strict))
         states, generators, step = self._agree(lambda: self._read(checkpoint, strict=strict))
-        for hook in self.load_hooks:
-            hook(list(self.engine.models), str(folder))
-        waived = [] if strict else self._fit(checkpoint, states)
-        self._restore(states)
+        waived = self._all_or_none(
+            lambda: self._take(checkpoint, states, str(folder), strict=strict),
+            "The checkpoint was read, and not all of it could be restored",
+        )
         self.engine.restart()
         if generators is not None:
             set_rng_state(generators, strict_device=False)
@@ -161,12 +166,25 @@ class Saving:
         logger.info("Resumed from %s, step %d.", folder, step)
         return folder
 
+    def _take(
+        self, checkpoint: files.Checkpoint, states: dict[str, Any], folder: str, *, strict: bool
+    ) -> list[str]:
+        """Call hooks and give each object its state. Returns what is waived."""
+        for hook in self.load_hooks:
+            hook(list(self.engine.models), folder)
+        waived = [] if strict else self._fit(checkpoint, states)
+        self._restore(states)
+        return waived
+
     def _fit(self, checkpoint: files.Checkpoint, states: dict[str, Any]) -> list[str]:
         """Make states such that a strict restore takes them. Every rank must call this. Returns what is waived."""
         engine = self.engine
         missing, extra = self._other_items(checkpoint)
         waived = [f"`{name}` is not in the checkpoint, and stays as it is" for name in missing]
         waived += [f"`{name}` of the checkpoint has nothing here to go to" for name in extra]
+        for name, (theirs, ours) in self._other_classes(checkpoint).items():
+            states.pop(name, None)
+            waived.append(f"`{name}` is of a {theirs} in the checkpoint and a {ours} here, and stays as it is")
         if not any(record.kind == "rng" for record in checkpoint.items.values()):
             waived.append("random generators are not in the checkpoint, and go on as they are")
         for index, model in enumerate(engine.models):
@@ -198,6 +216,23 @@ class Saving:
         states = {name: checkpoint.read(name, lazy=name in lazy, verify=False) for name in names}
         return states, self._read_generators(checkpoint, strict=strict), checkpoint.manifest.step
 
+    def _all_or_none(self, action: Callable[[], _T], what: str) -> _T:
+        """Do it on every rank. Where that raises on one, which it does as it would, the others raise too.
+
+        Every rank must call this: otherwise those without an error would go on into an exchange that the other never
+        comes to.
+        """
+        done = False
+        try:
+            found = action()
+            done = True
+        finally:
+            told = gather_object([(self.process.topology.rank, done)], process=self.process)
+        failed = [rank for rank, did in told if not did]
+        if failed:
+            raise CheckpointError(f"{what} on rank(s) {failed}, whose output tells why. Correct that, then try again.")
+        return found
+
     def _agree(self, read: Callable[[], _T]) -> _T:
         """Read on every rank; where that fails on any, all raise, so that none goes on alone with other weights."""
         outcome: list[_T] = []
@@ -206,7 +241,7 @@ class Saving:
             outcome.append(read())
         except CheckpointError as error:
             problem = str(error)
-        except OSError as error:
+        except FAILURES as error:
             problem = (
                 f"Rank {self.process.topology.rank} could not read the checkpoint ({error}), so nothing was restored. "
                 f"Check that every process sees the folder, or load another checkpoint."
@@ -241,21 +276,23 @@ class Saving:
         for index, optimizer in enumerate(engine.optimizers):
             state = engine.strategy.optimizer_state(optimizer.optimizer, names)
             content = {**_content(state), "steps_taken": optimizer.steps_taken}
-            items.append(files.Item(_numbered("optimizer", index), "optimizer", content, shared=True))
+            name = _numbered("optimizer", index)
+            items.append(files.Item(name, "optimizer", content, shared=True, of=_class_of("optimizer", optimizer)))
         own = self._own_items()  # on every rank, for a state may be put together over ranks
         return items + own if self.process.topology.is_main else items
 
     def _own_items(self) -> list[files.Item]:
         """What the main process saves for all."""
         engine = self.engine
-        found = [("scheduler", each.state_dict()) for each in engine.schedulers]
+        found: list[tuple[str, Any, Any]] = [("scheduler", each, each.state_dict()) for each in engine.schedulers]
         # Gradients are not saved: the batches of an unfinished window have to be seen again.
-        found += [("loader", each.state_dict(rewind=engine.rewind(each))) for each in self.loaders]
-        found += [("custom", each.state_dict()) for each in self.custom]
+        found += [("loader", each, each.state_dict(rewind=engine.rewind(each))) for each in self.loaders]
+        found += [("custom", each, each.state_dict()) for each in self.custom]
         numbers: dict[str, int] = {}
         items = []
-        for kind, state in found:
-            items.append(files.Item(_numbered(kind, numbers.get(kind, 0)), kind, state))
+        for kind, each, state in found:
+            name = _numbered(kind, numbers.get(kind, 0))
+            items.append(files.Item(name, kind, state, of=_class_of(kind, each)))
             numbers[kind] = numbers.get(kind, 0) + 1
         if engine.scaler is not None:
             items.append(files.Item("scaler", "scaler", engine.scaler.state_dict()))
@@ -283,12 +320,32 @@ class Saving:
         if engine.scaler is not None and "scaler" in states:
             engine.scaler.load_state_dict(states["scaler"])
 
+    def _other_classes(self, checkpoint: files.Checkpoint) -> dict[str, tuple[str, str]]:
+        """Items whose state is that of another class than what is here, and both."""
+        engine = self.engine
+        objects: list[tuple[str, Sequence[Any]]] = [("optimizer", engine.optimizers), ("scheduler", engine.schedulers)]
+        found = {}
+        for kind, each_of in [*objects, ("custom", self.custom)]:
+            for index, each in enumerate(each_of):
+                record = checkpoint.items.get(_numbered(kind, index))
+                ours = _class_of(kind, each)
+                if record is not None and record.of and ours and record.of != ours:
+                    found[_numbered(kind, index)] = (record.of, ours)
+        return found
+
     def _other_items(self, checkpoint: files.Checkpoint) -> tuple[list[str], list[str]]:
         """What it lacks, and what it holds besides."""
         saved = {name for name, record in checkpoint.items.items() if record.kind != "rng"}
         return sorted(set(self._names()) - saved), sorted(saved - set(self._names()))
 
     def _refuse_other_items(self, checkpoint: files.Checkpoint) -> None:
+        other = self._other_classes(checkpoint)
+        if other:
+            said = "; ".join(f"`{name}` of a {theirs}, here a {ours}" for name, (theirs, ours) in other.items())
+            raise CheckpointError(
+                f"`{checkpoint.folder.location}` holds {said}, and the state of one means nothing to the other. Make "
+                f"the same objects, in the same order, as when it was written, or waive them by `strict=False`."
+            )
         missing, extra = self._other_items(checkpoint)
         if missing or extra:
             parts = [
@@ -388,7 +445,7 @@ class Saving:
             keep = [] if self._resumed_from is None else [self._resumed_from]
             try:
                 shelf_of(folder).prune(total_limit=limit, keep=keep)
-            except OSError as error:
+            except FAILURES as error:
                 problem = f"{type(error).__name__}: {error}"
         (problem,) = broadcast_object_list([problem], process=self.process)
         if problem is not None:
@@ -424,3 +481,11 @@ def _in_memory(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _in_memory(each) for key, each in value.items()}
     return type(value)(_in_memory(each) for each in value) if isinstance(value, (list, tuple)) else value
+
+
+def _class_of(kind: str, each: Any) -> str:
+    """The class that alone takes such a state; empty where others may, such as an engine's optimizer for torch's."""
+    if kind == "custom":
+        return type(each).__qualname__
+    inner = getattr(each, kind, each)
+    return type(inner).__qualname__ if type(inner).__module__.startswith("torch.optim") else ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
@@ -22,7 +23,7 @@ from accel_parallel.checkpoint.manifest import MANIFEST_NAME, About
 from accel_parallel.checkpoint.outgoing import OutgoingFile, Share, on_host
 from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_parallel.checkpoint.tensor_file import StoredTensor
-from accel_parallel.checkpoint.writer import Job, Links, perform
+from accel_parallel.checkpoint.writer import IGNORED, Job, Links, perform
 from accel_state.collectives import broadcast_object_list, gather_object
 from accel_state.errors import CheckpointError
 from accel_state.logging import get_logger
@@ -32,8 +33,10 @@ __all__ = ["BackgroundSaver", "PendingSave"]
 
 logger = get_logger(__name__)
 
+# Not the folder that it happens to be started in: a `json.py` there would be imported instead.
 _CODE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "import sys; sys.path[:] = [path for path in sys.path if path]; "
+    "import json; sys.path[:] = json.loads(sys.argv[1]); "
     "from accel_parallel.checkpoint.writer import run; sys.exit(run(int(sys.argv[2])))"
 )
 
@@ -41,17 +44,26 @@ _CODE = (
 class PendingSave:
     """A save that may still be going on."""
 
-    def __init__(self, path: str | Path, writer: _Writer | None, process: Process) -> None:
+    def __init__(self, path: str | Path, writer: _Writer, process: Process) -> None:
         self.path = path
         """The folder that it will be complete in."""
         self._writer = writer
         self._process = process
-        self._settled = writer is None
+        self._owner = os.getpid()
+        self._settled = False
+        self._problem: str | None = None
+        self._told = False
+        """Whether somebody has had the problem raised."""
 
     @property
     def done(self) -> bool:
         """Whether this rank's writer has ended: its files are on the disk, and the main process's has committed."""
-        return self._writer is None or self._writer.ended
+        return self._writer.ended
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's writer has ended and could not do its part. `wait` says why."""
+        return self._writer.failed
 
     def wait(self) -> str | Path:
         """Wait until the checkpoint is complete, and return its folder. Every rank must call this.
@@ -59,9 +71,19 @@ class PendingSave:
         Raises:
             CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
         """
-        if self._settled or self._writer is None:
-            return self.path
-        self._settled = True
+        if not self._settled:
+            self._settle()
+        if self._problem is not None:
+            self._told = True
+            raise CheckpointError(self._problem)
+        return self.path
+
+    def wait_unless_told(self) -> None:
+        """The same for whoever comes next: what was raised already is not raised again."""
+        if not self._told:
+            self.wait()
+
+    def _settle(self) -> None:
         is_main = self._process.topology.is_main
         # The main process's writer waits for the others; so it is asked for its outcome last.
         problems = gather_object([None if is_main else self._writer.outcome()], process=self._process)
@@ -72,13 +94,12 @@ class PendingSave:
             problem = self._writer.outcome()
             found = found or ([problem] if problem is not None else [])
         (told,) = broadcast_object_list([found[:1]], process=self._process)
-        if told:
-            raise CheckpointError(told[0])
-        return self.path
+        # Only now: an interrupt before leaves it to be waited for, since its memory is not free yet.
+        self._problem, self._settled = (told[0] if told else None), True
 
     def finish_alone(self) -> None:
         """Wait for this rank's writer without the others, as where the interpreter ends, and report a failure."""
-        if self._settled or self._writer is None:
+        if self._settled or os.getpid() != self._owner:  # a fork of the run has nothing to wait for
             return
         self._settled = True
         problem = self._writer.outcome(leave=True)
@@ -126,24 +147,25 @@ class BackgroundSaver:
             share = outgoing.share(self.process)
             buffer = self._reserved(share, staging)
             ranges = self._filled(buffer, share, staging)
+            about = About.run(self.process, step=step, strategy=strategy)
+            job = Job(
+                location=staging.location,
+                token=token,
+                is_new=held == "False",
+                rank=self.process.topology.rank,
+                world_size=self.process.topology.world_size,
+                sync=sync,
+                items={name: asdict(record) for name, record in share.records.items()},
+                files=ranges,
+                about=asdict(about) if is_main else None,
+                prune=dict(prune or {}) if is_main else {},
+            )
+            writer = _start(job, buffer, staging)
         except BaseException:
             if is_main:
                 staging.abandon(token)
             raise
-        about = About.run(self.process, step=step, strategy=strategy)
-        job = Job(
-            location=staging.location,
-            token=token,
-            is_new=held == "False",
-            rank=self.process.topology.rank,
-            world_size=self.process.topology.world_size,
-            sync=sync,
-            items={name: asdict(record) for name, record in share.records.items()},
-            files=ranges,
-            about=asdict(about) if is_main else None,
-            prune=dict(prune or {}) if is_main else {},
-        )
-        self.pending = PendingSave(final, _start(job, buffer, staging), self.process)
+        self.pending = PendingSave(final, writer, self.process)
         atexit.register(self.pending.finish_alone)
         return self.pending
 
@@ -153,16 +175,28 @@ class BackgroundSaver:
         Raises:
             CheckpointError: on every rank, if it failed; once.
         """
+        if self.pending is None:
+            return
+        try:
+            self.pending.wait_unless_told()
+        except CheckpointError:
+            self._forget()
+            raise
+        self._forget()
+
+    def _forget(self) -> None:
         if self.pending is not None:
-            pending, self.pending = self.pending, None
-            atexit.unregister(pending.finish_alone)
-            pending.wait()
+            atexit.unregister(self.pending.finish_alone)
+            self.pending = None
 
     @property
     def is_busy(self) -> bool:
         """Whether a save of any rank is going on. Every rank must call this."""
-        busy = self.pending is not None and not self.pending.done
-        return any(gather_object([busy], process=self.process))
+        pending = self.pending
+        mine = (pending is not None and not pending.done, pending is not None and pending.failed)
+        found = gather_object([mine], process=self.process)
+        # Where a part of it has failed, the rest waits in vain; the next call says so.
+        return any(busy for busy, _ in found) and not any(failed for _, failed in found)
 
     def close(self) -> None:
         """Give the host memory back."""
@@ -211,6 +245,8 @@ class _Writer(Protocol):
 
     @property
     def ended(self) -> bool: ...
+    @property
+    def failed(self) -> bool: ...
     def give_up(self) -> None: ...
     def outcome(self, *, leave: bool = False) -> str | None:
         """Wait for its end. What failed, or ``None``. `leave` says that nobody will tell it anything more."""
@@ -228,6 +264,7 @@ def _start(job: Job, buffer: HostBuffer, staging: Staging) -> _Writer:
 
 class _NoWriter:
     ended = True
+    failed = True
 
     def __init__(self, problem: str) -> None:
         self._problem = problem
@@ -240,54 +277,66 @@ class _NoWriter:
 
 class _WriterProcess:
     def __init__(self, job: Job, buffer: HostBuffer) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CODE, json.dumps(sys.path), str(buffer.descriptor)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[buffer.descriptor],
-            text=True,
-        )
         self._job = job
+        self._said = b""
+        path = [os.fspath(each) for each in sys.path if isinstance(each, (str, os.PathLike))]
+        # Until it has said that it ignores them, signals to the whole group must not end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
-            self._input.write(json.dumps(asdict(job)) + "\n")
-            self._input.flush()
-        except BrokenPipeError:
-            pass  # it is gone; `outcome` says so
-
-    @property
-    def _input(self) -> IO[str]:
-        return cast("IO[str]", self._process.stdin)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CODE, json.dumps(path), str(buffer.descriptor)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[buffer.descriptor],
+                bufsize=0,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._tell(json.dumps(asdict(job)))
 
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 
+    @property
+    def failed(self) -> bool:
+        return self._process.poll() not in (None, 0)
+
     def give_up(self) -> None:
-        try:
-            self._input.write("give up\n")
-            self._input.flush()
-        except (BrokenPipeError, ValueError):
-            pass  # it has ended already
+        self._tell("give up")
 
     def outcome(self, *, leave: bool = False) -> str | None:
-        if leave:
-            self._input.close()
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        lines = self._process.stdout.read().splitlines()
+        if leave:
+            self._process.stdin.close()
+        # What was read before an interrupt is kept, so that this can be asked again.
+        while not self._process.stdout.closed and (said := os.read(self._process.stdout.fileno(), 65536)):
+            self._said += said
         code = self._process.wait()
-        if not leave:
-            self._input.close()
+        self._process.stdin.close()
         self._process.stdout.close()
-        if lines and lines[-1] == "done":
+        last = next(iter(self._said.decode().splitlines()[-1:]), "")
+        if last == "done":
             return None
-        if lines and lines[-1].startswith('"'):
-            return str(json.loads(lines[-1]))
+        if last.startswith('"'):
+            return str(json.loads(last))
         if self._job.about is not None:  # it could not clear up itself
             staging_of(self._job.location).abandon(self._job.token)
+        why = "Look for who killed it, such as the system out of memory" if code < 0 else "What it said is above"
         return (
             f"The checkpoint `{self._job.location}` is not complete: the process that wrote it ended with code {code}. "
-            f"Earlier ones are untouched. Look for who killed it, such as the system out of memory, and save again."
+            f"Earlier ones are untouched. {why}, and save again."
         )
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        data = memoryview(line.encode() + b"\n")
+        try:
+            while data and not self._process.stdin.closed:
+                data = data[os.write(self._process.stdin.fileno(), data) :]
+        except BrokenPipeError:
+            pass  # it has ended; `outcome` says how
 
 
 def _is_ending() -> bool:
@@ -310,6 +359,10 @@ class _WriterThread:
     @property
     def ended(self) -> bool:
         return not self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        return self.ended and self._problem is not None
 
     def give_up(self) -> None:
         self._given_up.set()

@@ -37,6 +37,9 @@ class Item:
     """Whether every rank gives it, with the same names and shapes. Its tensors may be divided over ranks, and are then
     dealt out to be written; the rest is the main process's. Any other item is written by the rank that gives it."""
 
+    of: str = ""
+    """Class of the object whose state it is, where another class must not take it."""
+
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or f"{self.name}.json" == MANIFEST_NAME:
             raise ConfigError(

@@ -52,6 +52,8 @@ class ItemRecord:
     """Names of its files in the checkpoint's folder."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Tensors that are another one under a second name (tied weights), and that one's name."""
+    of: str = ""
+    """Class of the object whose state it is, where another class must not take it; else empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +128,7 @@ class Manifest:
                 mesh=data["mesh"],
                 libraries=data["libraries"],
                 items={
-                    name: ItemRecord(item["kind"], tuple(item["files"]), item["aliases"])
+                    name: ItemRecord(item["kind"], tuple(item["files"]), item["aliases"], item["of"])
                     for name, item in data["items"].items()
                 },
                 files={name: FileRecord(**record) for name, record in data["files"].items()},

@@ -174,7 +174,7 @@ def _records(described: Sequence[FlatItem], plans: Mapping[str, Sequence[Planned
     for each in described:
         plan = plans[each.item.name]
         names = sorted([file.name for file in _texts(each, plan)] + [file.name for file in plan])
-        found[each.item.name] = ItemRecord(each.item.kind, tuple(names), each.aliases)
+        found[each.item.name] = ItemRecord(each.item.kind, tuple(names), each.aliases, each.item.of)
     return found
 
 

@@ -83,7 +83,8 @@ class LocalStaging:
 
     def __init__(self, final: Path) -> None:
         # What a link names is replaced, on the disk where it lies, and the link stays.
-        self.final = final.resolve() if final.is_symlink() else final
+        # Absolute, since a save in the background may outlast the working directory.
+        self.final = final.resolve() if final.is_symlink() else final.absolute()
 
     @property
     def location(self) -> str:

@@ -144,7 +144,7 @@ class TensorFile:
             stride = prod(shape[1:]) * dtype.itemsize
             begin, shape = begin + first * stride, (max(0, last - first), *shape[1:])
         if not prod(shape):
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         size = prod(shape) * dtype.itemsize
         raw = torch.frombuffer(self._file.view(begin, begin + size), dtype=torch.uint8)
         if sys.byteorder == "big":

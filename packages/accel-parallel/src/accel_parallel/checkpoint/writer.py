@@ -27,8 +27,14 @@ from accel_parallel.checkpoint.shelf import shelf_of
 from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_state.errors import CheckpointError
 
-__all__ = ["Job", "perform", "run"]
+__all__ = ["IGNORED", "Job", "perform", "run"]
 
+IGNORED = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+"""Signals that reach the whole group and are for the run, which waits for its writer where it heeds them."""
 _NUM_THREADS = 4
 _ORPHAN_WAIT_S = 60.0
 """How long the main process's writer waits for others once the run that it belongs to is gone."""
@@ -174,7 +180,7 @@ def _read_receipt(folder: Folder, rank: int) -> Any:
 
 
 def _item(record: Mapping[str, Any]) -> ItemRecord:
-    return ItemRecord(record["kind"], tuple(record["files"]), record["aliases"])
+    return ItemRecord(record["kind"], tuple(record["files"]), record["aliases"], record["of"])
 
 
 def _prune(job: Job) -> None:
@@ -183,7 +189,7 @@ def _prune(job: Job) -> None:
     limit, folder = job.prune["total_limit"], job.prune["folder"]
     try:
         shelf_of(folder).prune(total_limit=limit, keep=job.prune["keep"])
-    except OSError as error:
+    except FAILURES as error:
         raise CheckpointError(
             f"The checkpoint `{job.location}` is complete, but an old one could not be removed "
             f"({type(error).__name__}: {error}), and with `total_limit={limit}` the disk would fill up. Make "
@@ -211,9 +217,9 @@ def run(descriptor: int) -> int:
     A further line gives the save up, and the end of the input says that the run is gone. What was done is told on the
     standard output: ``written``, then ``done`` or a line of JSON with what failed.
     """
-    # Ctrl-C reaches the whole group, and the run waits for this; a polite request to end is for the run too.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)  # they were blocked while this was starting
     values = json.loads(sys.stdin.readline())
     size = os.fstat(descriptor).st_size
     memory = memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size else b"")

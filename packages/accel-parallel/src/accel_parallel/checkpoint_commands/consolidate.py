@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from accel_parallel.checkpoint.folder import Folder, LocalFolder, sync_to_disk
 from accel_parallel.checkpoint.layout import remove_tree
 from accel_parallel.checkpoint.location import is_remote
+from accel_parallel.checkpoint.manifest import MANIFEST_NAME
 from accel_parallel.checkpoint_commands.arguments import Arguments, size_in_bytes
 from accel_parallel.checkpoint_commands.places import find_checkpoint
 from accel_parallel.checkpoint_commands.progress import bytes_bar
@@ -72,6 +73,11 @@ def main(argv: Sequence[str]) -> int:
 def _refuse_existing(output: Path, *, force: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"`{output}` is a file, and weights go into a folder. Name a folder.")
+    if (output / MANIFEST_NAME).exists():
+        raise ConfigError(
+            f"`{output}` is a checkpoint, whose own weights these would replace, and it could not be loaded any more. "
+            f"Name another folder."
+        )
     there = _weights_in(output)
     if there and not force:
         raise ConfigError(
