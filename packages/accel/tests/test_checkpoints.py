@@ -317,7 +317,7 @@ def test_a_state_of_another_class_is_refused_or_waived(
     )
     objects = Other(3), Named(4)
     again.register_for_checkpointing(*objects)
-    with pytest.raises(CheckpointError, match="`optimizer` of a AdamW, here a SGD.*same order") as caught:
+    with pytest.raises(CheckpointError, match=r"`optimizer` of a AdamW, here a SGD.*same order") as caught:
         again.load_state()
     for name in ("`scheduler` of a StepLR", "`custom` of a Named, here a Other", "`custom_1` of a Other"):
         assert name in str(caught.value)

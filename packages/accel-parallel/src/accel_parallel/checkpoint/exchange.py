@@ -102,7 +102,7 @@ class Exchange:
         return self._unpacked(mine, torch.split(received.cpu(), sizes))
 
     def _unpacked(self, mine: Sequence[str], received: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        targets = {name: torch.empty(self._shape(name).shape, dtype=self._shape(name).dtype, device="cpu") for name in mine}
+        targets = {name: self._room(name) for name in mine}
         for source, data in enumerate(received):
             begin = 0
             for name in mine:
@@ -115,10 +115,14 @@ class Exchange:
         return targets
 
     def _assembled(self, name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        target = torch.empty(self._shape(name).shape, dtype=self._shape(name).dtype, device="cpu")
+        target = self._room(name)
         for box, part in zip(self._boxes[0][name], parts, strict=True):
             target[box.slices] = part
         return target
+
+    def _room(self, name: str) -> torch.Tensor:
+        """Host memory for the whole, whatever the default device is."""
+        return torch.empty(self._shape(name).shape, dtype=self._shape(name).dtype, device="cpu")
 
     def _parts(self, name: str) -> list[torch.Tensor]:
         sent = self._boxes[self.process.topology.rank][name]

@@ -25,7 +25,7 @@ class HostBuffer:
         self._pinned = pinned
         self.descriptor = _anonymous_file()
         """A file in memory, which a process that inherits it sees too."""
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._map: mmap.mmap | None = None
         self._end = 0
 
@@ -83,7 +83,7 @@ class HostBuffer:
         if self._pinned:
             runtime: Any = torch.cuda
             runtime.check_error(runtime.cudart().cudaHostUnregister(self._bytes.data_ptr()))
-        self._bytes = torch.empty(0, dtype=torch.uint8)  # lets go of the map, which has no further owner
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")  # lets go of the map, which has no further owner
         self._map = None
 
 
