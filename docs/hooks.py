@@ -1,4 +1,4 @@
-"""Adds to the site what is written elsewhere: the architecture, the format of checkpoints, figures, and the reference."""
+"""Adds to the site what is written elsewhere: the architecture, the format of checkpoints, and the reference."""
 
 from __future__ import annotations
 
