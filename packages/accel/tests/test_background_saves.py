@@ -326,9 +326,7 @@ def test_signals_to_the_whole_group_do_not_end_a_writer(
     accelerator.end_training()
 
 
-def test_whatever_the_path_and_the_folder_hold(
-    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_the_path_and_the_folder_hold(alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "json.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "a path"])

@@ -372,4 +372,4 @@ def test_a_hook_that_fails_on_one_rank_is_heard_of_on_all(tmp_path: Path, how: s
     one, two = run_ranks(failing_on_one, 2, str(tmp_path), how, settings=CPU, timeout_s=60)
     assert one.startswith("CheckpointError: ")
     assert "on rank(s) [1], whose output tells why" in one
-    assert two == "KeyError: \"a bug of the user's\""
+    assert two == 'KeyError: "a bug of the user\'s"'

@@ -166,9 +166,7 @@ class Saving:
         logger.info("Resumed from %s, step %d.", folder, step)
         return folder
 
-    def _take(
-        self, checkpoint: files.Checkpoint, states: dict[str, Any], folder: str, *, strict: bool
-    ) -> list[str]:
+    def _take(self, checkpoint: files.Checkpoint, states: dict[str, Any], folder: str, *, strict: bool) -> list[str]:
         """Call hooks and give each object its state. Returns what is waived."""
         for hook in self.load_hooks:
             hook(list(self.engine.models), folder)
