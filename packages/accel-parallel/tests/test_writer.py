@@ -509,6 +509,29 @@ def test_a_new_run_that_clears_up_does_not_break_what_an_old_one_is_completing(
     assert saved_step(latest_checkpoint(tmp_path)) in (0, 1)
 
 
+def test_what_a_writer_is_still_at_is_left_alone(tmp_path: Path, dead: int) -> None:
+    """Its run is gone, and it goes on: in another process, as it is, a lock is seen."""
+    final = prepared(tmp_path, "new")
+    token = staging_of(final).begin(dead)
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with staging_of(final).hold(token):
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    other = staging_of(numbered_path(tmp_path, 7))
+    other.abandon(other.begin(os.getpid()))
+    kept = Path(token).is_dir()
+    os.write(go[1], b"x")
+    os.waitpid(child, 0)
+    for descriptor in (*ready, *go):
+        os.close(descriptor)
+    other.abandon(other.begin(os.getpid()))
+    assert (kept, Path(token).is_dir()) == (True, False)
+
+
 # As a process
 
 

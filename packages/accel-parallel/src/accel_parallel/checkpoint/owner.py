@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["host_name", "lives"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["hold", "host_name", "is_held", "lives"]
 
 
 def host_name() -> str:
@@ -25,3 +31,37 @@ def lives(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """While open, `is_held` says so of the folder, in every process of this host; it ends with the process."""
+    descriptor = -1
+    with suppress(OSError):  # a file system without locks, or without the folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        if sys.platform != "win32":
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process of this host holds it."""
+    if sys.platform == "win32":
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from accel_parallel.checkpoint.folder import Folder, LocalFolder, sync_to_disk
 from accel_parallel.checkpoint.layout import discard, previous_path, recover, remove_tree
 from accel_parallel.checkpoint.location import Location, is_remote, local_path
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME
-from accel_parallel.checkpoint.owner import host_name, lives
+from accel_parallel.checkpoint.owner import hold, host_name, is_held, lives
 from accel_state.errors import CheckpointError
 
 __all__ = ["FAILURES", "LocalStaging", "Staging", "folder_of", "staging_of"]
@@ -49,6 +49,9 @@ class Staging(Protocol):
 
     def folder(self, token: str) -> Folder:
         """Where every rank writes its files."""
+
+    def hold(self, token: str) -> AbstractContextManager[None]:
+        """While open, nobody takes it for what a dead run left, though the run that began it may be gone."""
 
     def remove(self, token: str, name: str) -> None:
         """Main process only. Take out a file that the checkpoint is not to hold."""
@@ -110,6 +113,9 @@ class LocalStaging:
     def folder(self, token: str) -> Folder:
         return LocalFolder(token)
 
+    def hold(self, token: str) -> AbstractContextManager[None]:
+        return hold(Path(token))
+
     def remove(self, token: str, name: str) -> None:
         (Path(token) / name).unlink(missing_ok=True)
 
@@ -146,7 +152,7 @@ def _remove_leftovers(final: Path) -> None:
     """Remove temporary folders of processes of this host that are gone, and half-removed checkpoints."""
     for path in final.parent.glob(".*.tmp-*"):
         match = re.fullmatch(r"\..*\.tmp-(.+)-([0-9]+)-[0-9a-f]{8}", path.name)
-        if match and match[1] == host_name() and not lives(int(match[2])):
+        if match and match[1] == host_name() and not lives(int(match[2])) and not is_held(path):
             _discard_leftover(path)
     for pattern in (".checkpoint_*.removed", ".*.tmp-*.removed"):
         for path in final.parent.glob(pattern):

@@ -82,6 +82,13 @@ def perform(job: Job, memory: memoryview, links: Links) -> None:
         CheckpointError: if this rank's files could not be written, or the checkpoint could not be committed.
     """
     staging = staging_of(job.location)
+    with staging.hold(job.token):
+        _perform(staging, job, memory, links)
+    if job.about is not None:
+        _prune(job)
+
+
+def _perform(staging: Staging, job: Job, memory: memoryview, links: Links) -> None:
     folder = staging.folder(job.token)
     files: dict[str, FileRecord] = {}
     problem = None
@@ -102,7 +109,6 @@ def perform(job: Job, memory: memoryview, links: Links) -> None:
         raise CheckpointError(_could_not(job, _said(error))) from error
     finally:
         staging.abandon(job.token)
-    _prune(job)
 
 
 def _written(folder: Folder, job: Job, memory: memoryview) -> dict[str, FileRecord]:

@@ -13,7 +13,7 @@ from accel_parallel.checkpoint.folder import Folder
 from accel_parallel.checkpoint.layout import NUMBERED
 from accel_parallel.checkpoint.location import Location, as_location, child, is_remote
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, Manifest
-from accel_parallel.checkpoint.owner import host_name, lives
+from accel_parallel.checkpoint.owner import host_name, is_held, lives
 from accel_parallel.checkpoint.shelf import shelf_of
 from accel_parallel.checkpoint.staging import folder_of
 from accel_state.errors import CheckpointError
@@ -137,7 +137,7 @@ def _hidden(path: Path) -> Place | None:
     if temporary:
         state: State = "of another host"
         if temporary[1] == host_name():
-            state = "being written" if lives(int(temporary[2])) else "left behind"
+            state = "being written" if lives(int(temporary[2])) or is_held(path) else "left behind"
         return _unfinished(path, state)
     if _REMOVED.fullmatch(path.name):
         return _unfinished(path, "left behind")
