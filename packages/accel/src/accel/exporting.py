@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from accel_parallel.checkpoint.manifest import MANIFEST_NAME
-from accel_parallel.checkpoint.staging import FAILURES
 from accel_state.collectives import broadcast_object_list
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.logging import tqdm
@@ -89,6 +86,8 @@ def save_weights(
         max_shard_size: of a file.
         ties: names that are left out, since models tie them again when they load.
     """
+    from accel_parallel.checkpoint.manifest import MANIFEST_NAME
+
     if (folder / MANIFEST_NAME).exists():
         raise CheckpointError(
             f"`{folder}` is a checkpoint, whose own weights these would replace, and it could not be loaded any more. "
@@ -122,6 +121,10 @@ def on_main(write: Callable[[], None], *, process: Process, what: str) -> None:
     Raises:
         CheckpointError: on every rank, naming `what` and the reason.
     """
+    from safetensors import SafetensorError
+
+    from accel_parallel.checkpoint.staging import FAILURES
+
     problem: str | None = None
     if process.topology.is_main:
         try:

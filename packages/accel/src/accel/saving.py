@@ -44,7 +44,8 @@ class Saving:
         self.custom: list[Stateful] = []
         self.save_hooks: list[SaveHook] = []
         self.load_hooks: list[LoadHook] = []
-        self._background = files.BackgroundSaver(process)
+        self._background: files.BackgroundSaver | None = None
+        """Made, and its modules loaded, by the first save in the background."""
         self._resumed_from: Location | None = None
         self._num_named = 0
         """Automatically named checkpoints that this run has written."""
@@ -88,6 +89,8 @@ class Saving:
                 f"`if_busy={if_busy!r}` is no way to treat a save that is still going on. Give 'wait', which waits for "
                 f"it and then saves, or 'skip', which leaves this one out."
             )
+        if self._background is None:
+            self._background = files.BackgroundSaver(self.process)
         if if_busy == "skip" and self._background.is_busy and self._background.pending is not None:
             return self._background.pending
         self.settle()
@@ -103,14 +106,16 @@ class Saving:
         Raises:
             CheckpointError: on every rank, if it failed; once.
         """
-        self._background.settle()
+        if self._background is not None:
+            self._background.settle()
 
     def close(self) -> None:
         """Wait for a save in the background, and give its memory back. Every rank must call this."""
         try:
             self.settle()
         finally:
-            self._background.close()
+            if self._background is not None:
+                self._background.close()
 
     def _contents(self, final: Location) -> list[files.Item]:
         """Every rank must call this. What this rank gives to a checkpoint; where that fails on any, all raise."""

@@ -143,9 +143,9 @@ def prepare(items: Sequence[Item], *, spread: bool, staging: Staging, process: P
 
 
 @contextmanager
-def begin(staging: Staging, process: Process, *, pid: int | None = None) -> Iterator[str]:
+def begin(staging: Staging, process: Process) -> Iterator[str]:
     """Every rank must call this. Room for a checkpoint, which goes again unless it was published inside."""
-    token = on_main(process, lambda: staging.begin(pid or os.getpid()), "begin")
+    token = on_main(process, lambda: staging.begin(os.getpid()), "begin")
     try:
         yield token
     finally:
