@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -13,12 +13,10 @@ from accel.exporting import names_of_ties, on_main, save_weights, size_in_bytes
 from accel.process_view import ProcessView
 from accel.saving import LoadHook, SaveHook, Saving
 from accel.stopping import StopSignals
+from accel_parallel.checkpoint.location import Location
+from accel_parallel.checkpoint.pending import PendingSave
 from accel_state.errors import ConfigError
 from accel_state.process import Process
-
-if TYPE_CHECKING:
-    from accel_parallel.checkpoint import PendingSave
-    from accel_parallel.checkpoint.location import Location
 
 __all__ = ["CheckpointView"]
 

@@ -11,8 +11,8 @@
 `location`            a path, or the URL of an object store
 `folder`              where files are: on a disk, or in an `object_store` (`remote`)
 `staging`             how a new checkpoint takes its name; `owner` says whether who began one still lives
-`background`          saves that go on while the run trains: a copy of the state (`host_buffer`), and a process
-                      of its own (`writer`)
+`background`          saves that go on while the run trains: a copy of the state (`host_buffer`), a process of
+                      its own (`writer`), and what the run holds of it (`pending`)
 `commit`              every rank takes part: all of it, or nothing
 `store`               reading a checkpoint
 `layout`              names of folders, which is the latest, which may go
@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accel_parallel.checkpoint.background import BackgroundSaver as BackgroundSaver
-    from accel_parallel.checkpoint.background import PendingSave as PendingSave
     from accel_parallel.checkpoint.commit import save_checkpoint as save_checkpoint
     from accel_parallel.checkpoint.commit import write_checkpoint as write_checkpoint
     from accel_parallel.checkpoint.item import Item as Item
@@ -39,12 +38,12 @@ if TYPE_CHECKING:
     from accel_parallel.checkpoint.layout import prune as prune
     from accel_parallel.checkpoint.manifest import About as About
     from accel_parallel.checkpoint.manifest import Manifest as Manifest
+    from accel_parallel.checkpoint.pending import PendingSave as PendingSave
     from accel_parallel.checkpoint.store import Checkpoint as Checkpoint
     from accel_parallel.checkpoint.tensor_file import StoredTensor as StoredTensor
 
 _HOME = {
     "BackgroundSaver": "background",
-    "PendingSave": "background",
     "save_checkpoint": "commit",
     "write_checkpoint": "commit",
     "Item": "item",
@@ -54,6 +53,7 @@ _HOME = {
     "prune": "layout",
     "About": "manifest",
     "Manifest": "manifest",
+    "PendingSave": "pending",
     "Checkpoint": "store",
     "StoredTensor": "tensor_file",
 }

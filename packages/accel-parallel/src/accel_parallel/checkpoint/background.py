@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,15 +21,16 @@ from accel_parallel.checkpoint.host_buffer import HostBuffer
 from accel_parallel.checkpoint.item import Item
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME, About
 from accel_parallel.checkpoint.outgoing import OutgoingFile, Share, on_host
+from accel_parallel.checkpoint.pending import PendingSave, Writer
 from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_parallel.checkpoint.tensor_file import StoredTensor
 from accel_parallel.checkpoint.writer import IGNORED, Job, Links, perform
-from accel_state.collectives import broadcast_object_list, gather_object
+from accel_state.collectives import gather_object
 from accel_state.errors import CheckpointError
 from accel_state.logging import get_logger
 from accel_state.process import Process
 
-__all__ = ["BackgroundSaver", "PendingSave"]
+__all__ = ["BackgroundSaver"]
 
 logger = get_logger(__name__)
 
@@ -39,72 +40,6 @@ _CODE = (
     "import json; sys.path[:] = json.loads(sys.argv[1]); "
     "from accel_parallel.checkpoint.writer import run; sys.exit(run(int(sys.argv[2])))"
 )
-
-
-class PendingSave:
-    """A save that may still be going on."""
-
-    def __init__(self, path: str | Path, writer: _Writer, process: Process) -> None:
-        self.path = path
-        """The folder that it will be complete in."""
-        self._writer = writer
-        self._process = process
-        self._owner = os.getpid()
-        self._settled = False
-        self._problem: str | None = None
-        self._told = False
-        """Whether somebody has had the problem raised."""
-
-    @property
-    def done(self) -> bool:
-        """Whether this rank's writer has ended: its files are on the disk, and the main process's has committed."""
-        return self._writer.ended
-
-    @property
-    def failed(self) -> bool:
-        """Whether this rank's writer has ended and could not do its part. `wait` says why."""
-        return self._writer.failed
-
-    def wait(self) -> str | Path:
-        """Wait until the checkpoint is complete, and return its folder. Every rank must call this.
-
-        Raises:
-            CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
-        """
-        if not self._settled:
-            self._settle()
-        if self._problem is not None:
-            self._told = True
-            raise CheckpointError(self._problem)
-        return self.path
-
-    def wait_unless_told(self) -> None:
-        """The same for whoever comes next: what was raised already is not raised again."""
-        if not self._told:
-            self.wait()
-
-    def _settle(self) -> None:
-        is_main = self._process.topology.is_main
-        # The main process's writer waits for the others; so it is asked for its outcome last.
-        problems = gather_object([None if is_main else self._writer.outcome()], process=self._process)
-        found = [problem for problem in problems if problem is not None]
-        if is_main:
-            if found:
-                self._writer.give_up()
-            problem = self._writer.outcome()
-            found = found or ([problem] if problem is not None else [])
-        (told,) = broadcast_object_list([found[:1]], process=self._process)
-        # Only now: an interrupt before leaves it to be waited for, since its memory is not free yet.
-        self._problem, self._settled = (told[0] if told else None), True
-
-    def finish_alone(self) -> None:
-        """Wait for this rank's writer without the others, as where the interpreter ends, and report a failure."""
-        if self._settled or os.getpid() != self._owner:  # a fork of the run has nothing to wait for
-            return
-        self._settled = True
-        problem = self._writer.outcome(leave=True)
-        if problem is not None:
-            logger.error("%s", problem)
 
 
 class BackgroundSaver:
@@ -240,19 +175,7 @@ def _plain(tensor: torch.Tensor | StoredTensor) -> torch.Tensor:
     return on_host(tensor) if isinstance(tensor, StoredTensor) else tensor.resolve_conj().resolve_neg()
 
 
-class _Writer(Protocol):
-    """What writes, from the side of the run."""
-
-    @property
-    def ended(self) -> bool: ...
-    @property
-    def failed(self) -> bool: ...
-    def give_up(self) -> None: ...
-    def outcome(self, *, leave: bool = False) -> str | None:
-        """Wait for its end. What failed, or ``None``. `leave` says that nobody will tell it anything more."""
-
-
-def _start(job: Job, buffer: HostBuffer, staging: Staging) -> _Writer:
+def _start(job: Job, buffer: HostBuffer, staging: Staging) -> Writer:
     # Memory of this process, such as of `memory://`, is nothing that another could write to.
     if staging.in_process or sys.platform == "win32":
         return _WriterThread(job, buffer)
