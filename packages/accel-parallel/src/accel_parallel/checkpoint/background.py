@@ -27,12 +27,9 @@ from accel_parallel.checkpoint.tensor_file import StoredTensor
 from accel_parallel.checkpoint.writer import IGNORED, Job, Links, perform
 from accel_state.collectives import gather_object
 from accel_state.errors import CheckpointError
-from accel_state.logging import get_logger
 from accel_state.process import Process
 
 __all__ = ["BackgroundSaver"]
-
-logger = get_logger(__name__)
 
 # Not the folder that it happens to be started in: a `json.py` there would be imported instead.
 _CODE = (
