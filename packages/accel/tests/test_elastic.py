@@ -211,7 +211,10 @@ class Peak:
 
     def __enter__(self) -> Peak:
         gc.collect()
-        getattr(ctypes.CDLL(None), "malloc_trim", abs)(0)  # what is free would be used again unseen
+        libc = ctypes.CDLL(None)
+        getattr(libc, "malloc_trim", abs)(0)  # what is free would be used again unseen
+        # M_MMAP_THRESHOLD (mallopt(3)). Left alone it grows to 32 MB, and glibc keeps freed tensors that stay below it.
+        getattr(libc, "mallopt", max)(-3, 1 << 20)
         self.before = self.peak = resident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll)
