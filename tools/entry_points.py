@@ -1,7 +1,7 @@
 """Installs a package of ours anew where its commands or plug-ins are not those that its pyproject.toml declares.
 
-An editable install follows the sources, but keeps what it registered when it was made: after a pull that brings an entry
-point, an environment that is there already would not know it. Run before the tests.
+An editable install follows the sources, but keeps what it registered when it was made. After a pull that brings an
+entry point, an environment that is there already would not know it. Run before the tests.
 """
 
 from __future__ import annotations

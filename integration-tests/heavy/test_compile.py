@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from accel_parallel.blocks import find_blocks
 from accel_parallel.compilation import TorchDynamoPlugin, compile_model, compile_regions, uncompile
 from accel_parallel.recompute import checkpoint_activations
+from accel_state.blocks import find_blocks
 from accel_state.errors import ConfigError
 
 LAYERS = 24

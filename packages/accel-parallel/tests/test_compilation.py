@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_parallel.blocks import find_blocks
 from accel_parallel.compilation import (
     TorchDynamoPlugin,
     compile_model,
@@ -24,6 +23,7 @@ from accel_parallel.compilation import (
     uncompile,
 )
 from accel_parallel.recompute import checkpoint_activations
+from accel_state.blocks import find_blocks
 from accel_state.errors import ConfigError
 from accel_state.testing import run_ranks
 

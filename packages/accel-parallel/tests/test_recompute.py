@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel_parallel.blocks import find_blocks
 from accel_parallel.recompute import checkpoint_activations, is_checkpointed, without_cache
+from accel_state.blocks import find_blocks
 from accel_state.errors import ConfigError
 from accel_state.testing import run_ranks
 

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from accel_parallel.box import Box
 from accel_parallel.checkpoint.folder import LocalFolder
-from accel_parallel.checkpoint.tensor_file import TensorFile, TensorShape, bytes_of, file_header, order_in_file
+from accel_parallel.checkpoint.tensor_file import TensorFile
 from accel_state import CheckpointError
+from accel_state.tensor_format import TensorShape, bytes_of, file_header, order_in_file
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from accel_parallel.auto import Plan as Plan
     from accel_parallel.auto import profile_model as profile_model
     from accel_parallel.auto import select_plan as select_plan
-    from accel_parallel.blocks import find_blocks as find_blocks
     from accel_parallel.checkpoint import Checkpoint as Checkpoint
     from accel_parallel.checkpoint import Item as Item
     from accel_parallel.checkpoint import latest_checkpoint as latest_checkpoint
@@ -110,7 +109,6 @@ _HOME = {
     "compile_model": "compilation",
     "TorchDynamoPlugin": "compilation",
     "checkpoint_activations": "recompute",
-    "find_blocks": "blocks",
     "TorchContextParallelConfig": "parallelism",
     "ParallelismConfig": "parallelism",
     "FullyShardedDataParallelPlugin": "fsdp.plugin",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_parallel.blocks import find_blocks, outermost
 from accel_parallel.forwards import Forward, dress, forward_of, is_replaced, replace_forward, restore_forward
 from accel_parallel.recompute import CACHE_ARGUMENTS, is_checkpointed, recompute_instead, without_cache
 from accel_parallel.sequence.attention import exchanges
+from accel_state.blocks import find_blocks, outermost
 from accel_state.errors import ConfigError
 
 __all__ = [

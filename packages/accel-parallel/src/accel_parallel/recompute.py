@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from accel_parallel.blocks import find_blocks, outermost
 from accel_parallel.forwards import Forward, dress, forward_of, is_replaced, replace_forward, restore_forward
+from accel_state.blocks import find_blocks, outermost
 from accel_state.errors import ConfigError
 
 __all__ = ["CACHE_ARGUMENTS", "checkpoint_activations", "is_checkpointed", "recompute_instead", "without_cache"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accel_state._version import __version__
 
 if TYPE_CHECKING:
+    from accel_state.blocks import find_blocks as find_blocks
     from accel_state.collectives import Reduction as Reduction
     from accel_state.collectives import broadcast as broadcast
     from accel_state.collectives import broadcast_object_list as broadcast_object_list
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from accel_state.tree import tree_signature as tree_signature
 
 _HOME = {
+    "find_blocks": "blocks",
     "Reduction": "collectives",
     "broadcast": "collectives",
     "broadcast_object_list": "collectives",

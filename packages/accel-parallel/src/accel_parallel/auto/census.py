@@ -10,7 +10,7 @@ from typing import Any, get_args
 from torch import nn
 
 from accel_parallel.auto.profile import BlockKind, DTypeName, Weights
-from accel_parallel.blocks import find_blocks, outermost
+from accel_state.blocks import find_blocks, outermost
 
 __all__ = ["Census", "take_census"]
 

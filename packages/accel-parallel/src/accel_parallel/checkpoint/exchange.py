@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 
 from accel_parallel.box import Box
-from accel_parallel.checkpoint.tensor_file import StoredTensor, TensorShape, as_bytes
+from accel_parallel.checkpoint.tensor_file import StoredTensor
 from accel_parallel.flat import FlatPart
 from accel_parallel.sharded import is_divided, owned_pieces
 from accel_state.collectives import gather_object
 from accel_state.errors import CheckpointError
 from accel_state.process import Process
+from accel_state.tensor_format import TensorShape, as_bytes
 
 __all__ = ["EXCHANGE_BYTES", "Exchange"]
 

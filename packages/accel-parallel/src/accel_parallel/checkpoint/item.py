@@ -12,10 +12,11 @@ import torch
 
 from accel_parallel.checkpoint.codec import Leaf, encode
 from accel_parallel.checkpoint.manifest import MANIFEST_NAME
-from accel_parallel.checkpoint.tensor_file import StoredTensor, TensorShape, name_of_dtype
+from accel_parallel.checkpoint.tensor_file import StoredTensor
 from accel_parallel.flat import FlatPart
 from accel_parallel.sharded import is_divided, local_of
 from accel_state.errors import CheckpointError, ConfigError
+from accel_state.tensor_format import TensorShape, name_of_dtype
 
 __all__ = ["FlatItem", "Item", "flatten"]
 

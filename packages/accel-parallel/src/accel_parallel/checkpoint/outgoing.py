@@ -13,11 +13,12 @@ from accel_parallel.checkpoint.exchange import Exchange
 from accel_parallel.checkpoint.item import FlatItem, Item, flatten
 from accel_parallel.checkpoint.manifest import ItemRecord
 from accel_parallel.checkpoint.plan import PlannedFile, index_name, plan_files
-from accel_parallel.checkpoint.tensor_file import StoredTensor, TensorShape, bytes_of, file_header, order_in_file
+from accel_parallel.checkpoint.tensor_file import StoredTensor
 from accel_parallel.sharded import is_divided
 from accel_state.collectives import broadcast_object_list
 from accel_state.errors import CheckpointError
 from accel_state.process import Process
+from accel_state.tensor_format import TensorShape, bytes_of, file_header, order_in_file
 
 __all__ = ["Outgoing", "OutgoingFile", "Share"]
 

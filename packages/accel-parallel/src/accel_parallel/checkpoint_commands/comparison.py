@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from accel_parallel.checkpoint.tensor_file import StoredTensor, as_bytes
+from accel_parallel.checkpoint.tensor_file import StoredTensor
+from accel_state.tensor_format import as_bytes
 
 __all__ = ["Tolerance", "compare_states", "compare_tensors"]
 

@@ -22,7 +22,8 @@ from accel_state.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from accel_parallel.checkpoint.tensor_file import StoredTensor, TensorShape
+    from accel_parallel.checkpoint.tensor_file import StoredTensor
+    from accel_state.tensor_format import TensorShape
 
 __all__ = ["main"]
 
@@ -97,7 +98,7 @@ def _consolidate(
     import torch
 
     from accel_parallel.checkpoint.store import Checkpoint
-    from accel_parallel.checkpoint.tensor_file import TensorShape
+    from accel_state.tensor_format import TensorShape
 
     checkpoint = Checkpoint(folder)
     tensors = checkpoint.tensors(item)
@@ -177,7 +178,7 @@ def _write(
 def _chunks(
     held: Mapping[str, TensorShape], tensors: Mapping[str, StoredTensor], step: Callable[[int], None]
 ) -> Iterator[bytes | memoryview]:
-    from accel_parallel.checkpoint.tensor_file import bytes_of, file_header, order_in_file
+    from accel_state.tensor_format import bytes_of, file_header, order_in_file
 
     yield file_header(held)
     for name in order_in_file(held):

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from accel_parallel.blocks import find_blocks
 from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 from accel_parallel.sharded import is_sharded
+from accel_state.blocks import find_blocks
 from accel_state.errors import ConfigError
 
 __all__ = ["check_ignored", "check_separate", "check_shardable", "ignored_parameters", "plan_units"]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_parallel.blocks import find_blocks, outermost
 from accel_parallel.pipeline.cast import Cast
 from accel_parallel.pipeline.rehearsal import Route, rehearse
 from accel_parallel.pipeline.split import check_split_points, plan_split_points
+from accel_state.blocks import find_blocks, outermost
 from accel_state.errors import ConfigError
 
 __all__ = ["Division", "divide", "owners_of"]

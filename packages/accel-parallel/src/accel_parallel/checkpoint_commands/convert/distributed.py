@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from accel_parallel.checkpoint.folder import LocalFolder
-from accel_parallel.checkpoint.tensor_file import StoredTensor, TensorFile, TensorShape
+from accel_parallel.checkpoint.tensor_file import StoredTensor, TensorFile
 from accel_parallel.checkpoint_commands.convert.foreign import load_bytes
 from accel_parallel.checkpoint_commands.convert.opcodes import Record, read_pickle
 from accel_state.errors import CheckpointError
+from accel_state.tensor_format import TensorShape
 
 __all__ = ["METADATA", "DistributedCheckpoint"]
 

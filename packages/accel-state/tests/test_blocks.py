@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from accel_parallel.blocks import find_blocks, outermost
+from accel_state.blocks import find_blocks, outermost
 from accel_state.errors import ConfigError
 
 
