@@ -18,7 +18,10 @@ from accel_state.config import did_you_mean
 from accel_state.errors import CheckpointError
 from accel_state.tensor_format import HEADER_LIMIT_BYTES, parse_header
 
-__all__ = ["INDEX_NAMES", "StoredTensor", "map_tensor", "read_file_header", "read_index", "read_into"]
+__all__ = [
+    "INDEX_NAMES", "StoredTensor", "map_tensor", "read_bytes", "read_file_header", "read_index", "read_into",
+    "read_weight_map",
+]  # fmt: skip
 
 INDEX_NAMES = ("model.safetensors", "model.safetensors.index.json")
 """What a folder with the weights of a model holds, in the order in which it is looked for."""
@@ -117,17 +120,8 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
-    weight_map = _weight_map(index)
-    shards: dict[str, dict[str, StoredTensor]] = {}
-    for file_name in sorted(set(weight_map.values())):
-        file = index.parent / file_name
-        if not file.is_file():
-            lost = [name for name, each in weight_map.items() if each == file_name]
-            raise CheckpointError(
-                f"`{index}` places {len(lost)} tensors, `{lost[0]}` the first, in `{file_name}`, but there is no such "
-                f"file beside it. Copy or download the missing shard."
-            )
-        shards[file_name] = read_file_header(file)
+    weight_map = read_weight_map(index)
+    shards = {file_name: read_file_header(index.parent / file_name) for file_name in sorted(set(weight_map.values()))}
     found = {}
     for name, file_name in weight_map.items():
         if name not in shards[file_name]:
@@ -140,7 +134,13 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _weight_map(index: Path) -> Mapping[str, str]:
+def read_weight_map(index: Path) -> Mapping[str, str]:
+    """Which file beside the index holds which tensor. Every file is there; what they hold is not looked at.
+
+    Raises:
+        CheckpointError: if it is no index, or a file that it names is missing or elsewhere.
+        OSError: if it cannot be read.
+    """
     try:
         text: Any = json.loads(index.read_text(encoding="utf-8"))
         weight_map = text["weight_map"]
@@ -151,11 +151,17 @@ def _weight_map(index: Path) -> Mapping[str, str]:
             f"`{index}` is no index of shards ({type(error).__name__}: {error}). It should be JSON with a `weight_map` "
             f"from names of tensors to file names."
         ) from error
-    for file_name in weight_map.values():
+    for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
             raise CheckpointError(
                 f"`{index}` names the shard {file_name!r}, which is not a file beside it. Shards outside the folder of "
                 f"their index are not read."
+            )
+        if not (index.parent / file_name).is_file():
+            lost = [name for name, each in weight_map.items() if each == file_name]
+            raise CheckpointError(
+                f"`{index}` places {len(lost)} tensors, `{lost[0]}` the first, in `{file_name}`, but there is no such "
+                f"file beside it. Copy or download the missing shard."
             )
     result: Mapping[str, str] = weight_map
     return result
@@ -189,16 +195,29 @@ def read_into(stored: StoredTensor, destination: torch.Tensor) -> None:
         CheckpointError: if the file ends before the tensor does.
         OSError: if it cannot be read.
     """
-    view = memoryview(destination.numpy())
     with stored.path.open("rb", buffering=0) as stream:
-        done = 0
-        while done < stored.nbytes:
-            got = os.preadv(stream.fileno(), [view[done : stored.nbytes]], stored.offset + done)
-            if got == 0:
-                raise CheckpointError(
-                    f"`{stored.path}` ends within `{stored.name}`: it was cut short since its header was read. "
-                    f"Copy or download it again."
-                )
-            done += got
+        read_bytes(stream.fileno(), stored, destination)
+
+
+def read_bytes(descriptor: int, stored: StoredTensor, destination: torch.Tensor, *, begin: int = 0) -> None:
+    """Fill `destination`, as `read_into` takes it, from the open file, beginning at byte `begin` of the tensor.
+
+    The position of the file does not move, so threads may share one. `begin` and the length are multiples of the
+    elements' size.
+
+    Raises:
+        CheckpointError: if the file ends before `destination` is full.
+        OSError: if it cannot be read.
+    """
+    view = destination.numpy().data
+    done = 0
+    while done < len(view):
+        got = os.preadv(descriptor, [view[done:]], stored.offset + begin + done)
+        if got == 0:
+            raise CheckpointError(
+                f"`{stored.path}` ends within `{stored.name}`: it was cut short since its header was read. "
+                f"Copy or download it again."
+            )
+        done += got
     if sys.byteorder == "big" and stored.dtype.itemsize > 1:
         destination.copy_(destination.view(-1, stored.dtype.itemsize).flip(1).reshape(-1))

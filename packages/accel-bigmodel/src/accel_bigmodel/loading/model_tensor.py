@@ -1,0 +1,62 @@
+"""The tensors of a model as loading sees them: each once, with all of its names."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from accel_bigmodel.tied import tensor_identity
+
+__all__ = ["ModelTensor", "model_tensors", "put"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelTensor:
+    """A parameter or buffer."""
+
+    names: tuple[str, ...]
+    """In the order of the model; several where it is tied."""
+    tensor: torch.Tensor
+    is_saved: bool
+    """Whether a ``state_dict`` has it: a parameter or a persistent buffer."""
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def is_parameter(self) -> bool:
+        """And no buffer."""
+        return isinstance(self.tensor, nn.Parameter)
+
+
+def model_tensors(model: nn.Module) -> list[ModelTensor]:
+    """Every parameter and buffer, in the order of the model, parameters first."""
+    groups: dict[Hashable, list[tuple[str, torch.Tensor, bool]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                groups.setdefault((True, tensor_identity(parameter)), []).append((start + key, parameter, True))
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                saved = key not in module._non_persistent_buffers_set
+                groups.setdefault((False, tensor_identity(buffer)), []).append((start + key, buffer, saved))
+    found = [
+        ModelTensor(tuple(name for name, _, _ in group), group[0][1], any(saved for _, _, saved in group))
+        for group in groups.values()
+    ]
+    return sorted(found, key=lambda each: not each.is_parameter)
+
+
+def put(model: nn.Module, names: tuple[str, ...], tensor: torch.Tensor) -> None:
+    """Let `tensor` be what all of `names` name, which are names of parameters or all of buffers."""
+    for name in names:
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        slots = module._parameters if key in module._parameters else module._buffers
+        slots[key] = tensor  # type: ignore[assignment]
