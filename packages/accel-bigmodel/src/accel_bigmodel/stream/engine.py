@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -94,6 +95,12 @@ class Engine:
         self._forgotten: deque[int] = deque()
         self._lock = threading.Lock()  # autograd runs backward in a thread of its own
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        """For other units on the same device."""
+        made = Engine(self.transfers, num_slots=self.num_slots)
+        memo[id(self)] = made
+        return made
+
     def add(self, load: Load) -> int:
         """Its number. Called by `Load`."""
         with self._lock:
@@ -121,6 +128,8 @@ class Engine:
         """
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             self._clear_forgotten()
+            if _has_failed(self._resident.get(load.number)):
+                self._let_go(load.number)  # ahead of its use: it may be there now, and the error is told if not
             resident = self._resident.pop(load.number, None)
             if resident is None:
                 self._make_room(load.number, keep=())
@@ -258,3 +267,7 @@ class Engine:
         self.transfers.compute_after(self.transfers.copied())
         if resident.stream != self.transfers.stream():
             self.transfers.share(resident.flat)
+
+
+def _has_failed(resident: _Resident | None) -> bool:
+    return resident is not None and isinstance(resident.arrival, Future) and resident.arrival.exception() is not None

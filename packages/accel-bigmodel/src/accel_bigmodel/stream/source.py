@@ -80,10 +80,12 @@ class FileSource:
     Args:
         layout: of the unit. Dtypes that differ from those in the files are converted while they are read.
         stored: the tensors, in the order of `layout`.
+        keep: what has to live as long as this does, such as the owner of temporary files.
     """
 
-    def __init__(self, layout: Layout, stored: Sequence[StoredTensor]) -> None:
+    def __init__(self, layout: Layout, stored: Sequence[StoredTensor], *, keep: object = None) -> None:
         self.layout = layout
+        self._keep = keep
         self._stored = tuple(stored)
         self._changed: dict[int, torch.Tensor] = {}
 
@@ -130,7 +132,7 @@ class FileSource:
 
     def copy(self) -> Source:
         """See `Source`. The files are shared."""
-        made = FileSource(self.layout, self._stored)
+        made = FileSource(self.layout, self._stored, keep=self._keep)
         made._changed = {index: tensor.clone() for index, tensor in self._changed.items()}
         return made
 

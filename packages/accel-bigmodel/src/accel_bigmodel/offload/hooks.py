@@ -1,0 +1,127 @@
+"""What a module calls for its units: before its forward, behind it, and when its state is read or loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from accel_bigmodel.offload.unit import Unit
+from accel_state.errors import ConfigError
+
+__all__ = ["attach", "detach", "units_of"]
+
+
+class _Hook:
+    """Of one unit. A deep copy of the model has units of its own; a pickle of it cannot be made."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        made = type(self)(copy.deepcopy(self.unit, memo))
+        memo[id(self)] = made
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            f"A model with offloaded weights ({self.unit.name!r} is one of its parts) cannot be pickled: streams and "
+            f"pinned memory belong to this process. Save its `state_dict()`, which is complete, or call "
+            f"`remove_hooks` first."
+        )
+
+
+class _Enter(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.unit.enter()
+
+
+class _Leave(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.unit.leave()
+
+
+class _FillState(_Hook):
+    """Gives ``state_dict`` the values instead of the placeholders."""
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        values = None
+        for position, tensor in enumerate(self.unit.tensors):
+            for place in tensor.places:
+                key = prefix + place.name
+                if place.module() is module and key in state and state[key].device.type == "meta":
+                    values = self.unit.values() if values is None else values
+                    kept = state[key]  # with `keep_vars`, a parameter
+                    value = values[position]
+                    state[key] = nn.Parameter(value, kept.requires_grad) if isinstance(kept, nn.Parameter) else value
+
+
+class _TakeState(_Hook):
+    """Takes values from a state that is loaded, before the module would copy them into placeholders for nothing."""
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for position, tensor in enumerate(self.unit.tensors):
+            for place in tensor.places:
+                value = state.get(prefix + place.name)
+                if place.module() is not module or not isinstance(value, torch.Tensor) or value.device.type == "meta":
+                    continue
+                if value.shape == tensor.placeholder.shape:  # another one is refused by the module itself
+                    with torch.no_grad():
+                        self.unit.set_value(position, value)
+                    state[prefix + place.name] = torch.empty_like(tensor.placeholder, requires_grad=False)
+
+
+def attach(unit: Unit, modules: list[nn.Module]) -> None:
+    """Have the forwards of `modules` enter and leave `unit`, and the state of its modules know of it."""
+    for module in modules:
+        module.register_forward_pre_hook(_Enter(unit), prepend=True)
+        module.register_forward_hook(_Leave(unit), always_call=True)
+    owners = {id(place.module()): place.module() for tensor in unit.tensors for place in tensor.places}
+    for owner in owners.values():
+        assert owner is not None
+        owner.register_state_dict_post_hook(_FillState(unit))  # type: ignore[no-untyped-call]
+        owner.register_load_state_dict_pre_hook(_TakeState(unit))  # type: ignore[no-untyped-call]
+    for tensor in unit.tensors:
+        tensor.put_placeholder()
+
+
+def _hook_tables(module: nn.Module) -> Iterator[dict[int, Any]]:
+    yield module._forward_pre_hooks
+    yield module._forward_hooks
+    yield module._state_dict_hooks
+    yield module._load_state_dict_pre_hooks
+
+
+def _ours(hook: Any) -> _Hook | None:
+    inner = getattr(hook, "hook", hook)  # torch wraps some
+    return inner if isinstance(inner, _Hook) else None
+
+
+def units_of(module: nn.Module, *, recurse: bool = True) -> list[Unit]:
+    """Units that `module` holds tensors of, or enters; with `recurse`, those of its submodules too. Each once."""
+    found: dict[int, Unit] = {}
+    for each in module.modules() if recurse else [module]:
+        for table in _hook_tables(each):
+            for hook in table.values():
+                ours = _ours(hook)
+                if ours is not None:
+                    found[id(ours.unit)] = ours.unit
+    return list(found.values())
+
+
+def detach(module: nn.Module, unit: Unit) -> None:
+    """Remove the hooks of `unit` from `module` and its submodules."""
+    for each in module.modules():
+        for table in _hook_tables(each):
+            for key, hook in list(table.items()):
+                ours = _ours(hook)
+                if ours is not None and ours.unit is unit:
+                    del table[key]
+                    for flags in (each._forward_pre_hooks_with_kwargs, each._forward_hooks_with_kwargs,
+                                  each._forward_hooks_always_called):  # fmt: skip
+                        flags.pop(key, None)
