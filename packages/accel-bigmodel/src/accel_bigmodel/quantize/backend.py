@@ -67,7 +67,5 @@ def require(package: str, minimum: str, purpose: str) -> Any:
 
 def _release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (0, 46) of ``0.46.0.dev0`` and of ``0.46``."""
-    numbers: list[int] = []
-    for part in version.split("+")[0].split(".")[:2]:
-        numbers.append(int("".join(each for each in part if each.isdigit()) or 0))
-    return tuple(numbers)
+    parts = version.split("+")[0].split(".")[:2]
+    return tuple(int("".join(each for each in part if each.isdigit()) or 0) for part in parts)

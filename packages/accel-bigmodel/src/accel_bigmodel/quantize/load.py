@@ -85,7 +85,6 @@ def _plan(
 
 
 def _backend(config: QuantizationConfig) -> Backend:
-    # Here, so that the choice of layers can be made where neither library is installed.
     if isinstance(config, BnbQuantizationConfig):
         from accel_bigmodel.quantize.bitsandbytes_layers import BitsandbytesLayers
 

@@ -77,7 +77,7 @@ def check_offload(layers: Sequence[str], config: QuantizationConfig, placement: 
     if placement.main.type == "cpu":
         raise ConfigError(
             f"`device_map` puts {moved[0]!r} on the disk with nothing but the CPU to compute on, and what is "
-            f"quantized is made in memory. Put it on 'cpu', or leave quantization out by `load_checkpoint_and_dispatch`."
+            f"quantized is made in memory. Put it on 'cpu', or use `load_checkpoint_and_dispatch` without quantizing."
         )
     if isinstance(config, BnbQuantizationConfig):
         if not config.enable_offload:

@@ -79,7 +79,7 @@ def find_output_layers(model: nn.Module) -> frozenset[str]:
     if tied:
         return frozenset(tied)
     last = next(reversed(modules))
-    return frozenset([last]) if isinstance(modules[last], nn.Linear) and "." not in last else frozenset()
+    return frozenset([last]) if last and "." not in last and isinstance(modules[last], nn.Linear) else frozenset()
 
 
 def quantized_layers(model: nn.Module) -> list[str]:
