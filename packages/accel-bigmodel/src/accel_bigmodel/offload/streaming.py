@@ -15,7 +15,7 @@ from accel_bigmodel.stored import StoredTensor
 from accel_bigmodel.stream import Engine, FileSource, HostMemory, Layout, Source, Transfers
 from accel_state.errors import ConfigError
 
-__all__ = ["Value", "stream_tensors", "value_of"]
+__all__ = ["Value", "make_unit", "stream_tensors", "value_of"]
 
 Value = torch.Tensor | StoredTensor
 
@@ -52,7 +52,7 @@ def stream_tensors(
         for part, is_stored in ((comes, False), (stays, True)):
             if part:
                 same = Group(group.name, group.modules, part)
-                _make_unit(same, values, engine, memory, is_stored=is_stored, keep=keep)
+                make_unit(same, values, engine, memory, is_stored=is_stored, keep=keep)
 
 
 def value_of(tensor: HeldTensor, values: Mapping[str, Value]) -> Value:
@@ -78,12 +78,24 @@ def value_of(tensor: HeldTensor, values: Mapping[str, Value]) -> Value:
     return found
 
 
-def _make_unit(
+def make_unit(
     group: Group, values: Mapping[str, Value], engine: Engine, memory: HostMemory, *, is_stored: bool, keep: object
-) -> None:
+) -> Unit:
+    """The unit of one group, attached to its modules, which hold placeholders from then on.
+
+    Args:
+        group: its tensors, all in files or none.
+        values: as for `stream_tensors`.
+        engine: what moves it.
+        memory: where values lie that are in no file.
+        is_stored: whether they are in files.
+        keep: as for `stream_tensors`.
+    """
     moved = [MovedTensor(each.name, each.places, each.value) for each in group.tensors]
     source = _from_files(group, values, keep) if is_stored else _on_host(group, values, memory)
-    attach(Unit(engine, group.name, moved, source), group.modules)
+    unit = Unit(engine, group.name, moved, source)
+    attach(unit, group.modules)
+    return unit
 
 
 def _from_files(group: Group, values: Mapping[str, Value], keep: object) -> Source:

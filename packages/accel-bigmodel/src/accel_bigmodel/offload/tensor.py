@@ -68,6 +68,11 @@ class MovedTensor:
         """Or a buffer."""
         return self.places[0].is_parameter
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether a module that holds it is in training mode."""
+        return any(module.training for place in self.places if (module := place.module()) is not None)
+
     def value(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor made of pieces like `pieces_of` gave, on whatever device these are."""
         return pieces[0] if self._outer is None else _rebuild(self._outer, iter(pieces))

@@ -45,8 +45,11 @@ class Unit:
         """What moves it."""
         return self._engine
 
-    def enter(self) -> None:
+    def enter(self, *, one_forward: bool = True) -> None:
         """Have the weights where they are needed, good for what is computed from now on.
+
+        Args:
+            one_forward: whether a forward ends it, so that backward has to fetch the weights again.
 
         Raises:
             CheckpointError: if a file they are read from was cut short.
@@ -62,7 +65,7 @@ class Unit:
             with torch.inference_mode(mode=False):
                 self._views = self.source.layout.views(flat)
             self._put = [tensor.put(pieces) for tensor, pieces in self._with_pieces(self._views)]
-        saved = SavedWeights(self._load, flat) if torch.is_grad_enabled() else None
+        saved = SavedWeights(self._load, flat) if one_forward and torch.is_grad_enabled() else None
         if saved is not None:
             saved.__enter__()
         self._saved.append(saved)
@@ -82,6 +85,14 @@ class Unit:
                 tensor.put_placeholder()
             self._views, self._put = [], []
         self._engine.release(self._load)
+
+    def present(self) -> list[torch.Tensor]:
+        """What its modules hold now, while it is entered."""
+        return list(self._put)
+
+    def drop(self) -> None:
+        """Let go of what is on the device now, and not when something else needs the room."""
+        self._engine.drop(self._load)
 
     def values(self) -> list[torch.Tensor]:
         """The tensors' values on the host, in order; memory may be that of the source."""
@@ -119,8 +130,10 @@ class Unit:
                 self._engine.write_back(self._load, index, now)  # another tensor was put in its place
                 self._engine.drop(self._load)
             else:
+                # Batch normalisation changes its statistics without counting that.
+                may_change = not tensor.is_parameter and tensor.is_trained
                 for offset in range(tensor.num_pieces):
-                    if self._views[index + offset]._version:
+                    if may_change or self._views[index + offset]._version:
                         self._engine.write_back(self._load, index + offset, self._views[index + offset])
             index += tensor.num_pieces
 
