@@ -35,29 +35,29 @@ def test_dtypes_are_read_by_name_and_names_kept_as_tuples() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({}, "given neither of `load_in_8bit=True` and `load_in_4bit=True`.*exactly one"),
-        ({"load_in_8bit": True, "load_in_4bit": True}, "given both of .*exactly one"),
-        ({"load_in_8bit": 1}, "`load_in_8bit=1` is neither true nor false"),
-        ({"load_in_4bit": True, "enable_offload": "yes"}, "`enable_offload='yes'` is neither"),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "'nf5'.*Did you mean 'nf4'.*fp4, nf4"),
-        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": 1}, "`bnb_4bit_use_double_quant=1` is neither"),
+        ({}, r"given neither of `load_in_8bit=True` and `load_in_4bit=True`.*exactly one"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, r"given both of .*exactly one"),
+        ({"load_in_8bit": 1}, r"`load_in_8bit=1` is neither true nor false"),
+        ({"load_in_4bit": True, "enable_offload": "yes"}, r"`enable_offload='yes'` is neither"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, r"'nf5'.*Did you mean 'nf4'.*fp4, nf4"),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": 1}, r"`bnb_4bit_use_double_quant=1` is neither"),
         (
             {"load_in_4bit": True, "llm_int8_threshold": 6.0},
-            "`llm_int8_threshold=6.0` is a setting of `load_in_8bit` and would do nothing with `load_in_4bit=True`",
+            r"`llm_int8_threshold=6.0` is a setting of `load_in_8bit` and would do nothing with `load_in_4bit=True`",
         ),
         (
             {"load_in_8bit": True, "bnb_4bit_quant_type": "nf4"},
             "is a setting of `load_in_4bit` and would do nothing with `load_in_8bit=True`",
         ),
-        ({"load_in_8bit": True, "bnb_4bit_use_double_quant": False}, "is a setting of `load_in_4bit`"),
-        ({"load_in_8bit": True, "bnb_4bit_compute_dtype": "bf16"}, "is a setting of `load_in_4bit`"),
-        ({"load_in_8bit": True, "llm_int8_threshold": -1}, "`llm_int8_threshold=-1` is no magnitude"),
-        ({"load_in_8bit": True, "llm_int8_threshold": float("nan")}, "is no magnitude"),
-        ({"load_in_8bit": True, "torch_dtype": "bf61"}, "'bf61' is no dtype.*Did you mean 'bf16'"),
-        ({"load_in_8bit": True, "torch_dtype": "int8"}, "`torch_dtype='int8'` is no dtype in which.*compute"),
-        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float64}, "no dtype in which"),
+        ({"load_in_8bit": True, "bnb_4bit_use_double_quant": False}, r"is a setting of `load_in_4bit`"),
+        ({"load_in_8bit": True, "bnb_4bit_compute_dtype": "bf16"}, r"is a setting of `load_in_4bit`"),
+        ({"load_in_8bit": True, "llm_int8_threshold": -1}, r"`llm_int8_threshold=-1` is no magnitude"),
+        ({"load_in_8bit": True, "llm_int8_threshold": float("nan")}, r"is no magnitude"),
+        ({"load_in_8bit": True, "torch_dtype": "bf61"}, r"'bf61' is no dtype.*Did you mean 'bf16'"),
+        ({"load_in_8bit": True, "torch_dtype": "int8"}, r"`torch_dtype='int8'` is no dtype in which.*compute"),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float64}, r"no dtype in which"),
         ({"load_in_8bit": True, "skip_modules": "lm_head"}, r"`skip_modules='lm_head'` is not a list.*\['lm_head'\]"),
-        ({"load_in_8bit": True, "keep_in_fp32_modules": [""]}, "`keep_in_fp32_modules=.*is not a list of names"),
+        ({"load_in_8bit": True, "keep_in_fp32_modules": [""]}, r"`keep_in_fp32_modules=.*is not a list of names"),
     ],
 )
 def test_bitsandbytes_options_that_cannot_work(settings: dict[str, Any], match: str) -> None:
@@ -68,12 +68,12 @@ def test_bitsandbytes_options_that_cannot_work(settings: dict[str, Any], match: 
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"weights": "int9"}, "`weights='int9'` is not a type.*Did you mean 'int"),
-        ({"weights": "int8", "group_size": 0}, "`group_size=0` is not a number of weights"),
-        ({"weights": "int8", "group_size": True}, "`group_size=True` is not a number of weights"),
-        ({"weights": "int4", "group_size": 48}, "`group_size=48`.*32, 64, 128, 256.*`weights='int8'`"),
-        ({"weights": "int8", "torch_dtype": torch.int8}, "no dtype in which"),
-        ({"weights": "int8", "skip_modules": [1]}, "is not a list of names"),
+        ({"weights": "int9"}, r"`weights='int9'` is not a type.*Did you mean 'int"),
+        ({"weights": "int8", "group_size": 0}, r"`group_size=0` is not a number of weights"),
+        ({"weights": "int8", "group_size": True}, r"`group_size=True` is not a number of weights"),
+        ({"weights": "int4", "group_size": 48}, r"`group_size=48`.*32, 64, 128, 256.*`weights='int8'`"),
+        ({"weights": "int8", "torch_dtype": torch.int8}, r"no dtype in which"),
+        ({"weights": "int8", "skip_modules": [1]}, r"is not a list of names"),
     ],
 )
 def test_torchao_options_that_cannot_work(settings: dict[str, Any], match: str) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from accel_bigmodel.loading.fused import Part
 from accel_bigmodel.loading.match import match
 from accel_bigmodel.loading.model_tensor import ModelTensor, put
+from accel_bigmodel.loading.place import DISK
 from accel_bigmodel.loading.source import Source, open_checkpoint
 from accel_bigmodel.quantize.backend import Backend
 from accel_bigmodel.quantize.options import QuantizationConfig
@@ -54,6 +55,8 @@ class Filling:
         self._layers = frozenset(layers)
         self._float32 = float32
         self._placement = placement
+        self.left_in_files: dict[str, StoredTensor] = {}
+        """What is on disk and was left where it lies, by each name of the model; there it is on the meta device."""
         # By name alone: to hold the tensors would keep all of them until the last one is replaced.
         self._names = {each.name: each.names for each in tensors}
         self._saved = [each.name for each in tensors if each.is_saved]
@@ -92,7 +95,8 @@ class Filling:
         for name, parts in found.items():
             self._check(name, rest[parts[0].source].dtype)
         for name, parts in found.items():
-            self._fill(name, self._read(name, parts, rest), copy=True)
+            if not self._stays_in_file(name, parts, rest):
+                self._fill(name, self._read(name, parts, rest), copy=True)
         for layer, names in before.items():
             self._restore(layer, {name.removeprefix(f"{layer}."): _map(sources[name]) for name in names})
         self._move_computed()
@@ -151,6 +155,17 @@ class Filling:
                 if layer in found and self._backend.is_part(".".join(parts[cut:])):
                     found[layer].append(name)
         return found
+
+    def _stays_in_file(self, name: str, parts: Sequence[Part], sources: Mapping[str, Source]) -> bool:
+        """Whether `name` is to be on disk and lies there as it is wanted."""
+        source = sources[parts[0].source]
+        plain = isinstance(source, StoredTensor) and len(parts) == 1 and not parts[0].place
+        on_disk = self._placement.places[name] == DISK and name.removesuffix(".weight") not in self._layers
+        if not on_disk or not plain or self._cast(name, source.dtype) != source.dtype:
+            return False
+        assert isinstance(source, StoredTensor)
+        self.left_in_files.update(dict.fromkeys(self._names[name], source))
+        return True
 
     def _read(self, name: str, parts: Sequence[Part], sources: Mapping[str, Source]) -> torch.Tensor:
         if not parts[0].place:

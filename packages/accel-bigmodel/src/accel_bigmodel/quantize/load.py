@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from accel_bigmodel.loading.model_tensor import model_tensors
-from accel_bigmodel.loading.place import DeviceMap
+from accel_bigmodel.loading.place import MAP_STRATEGIES, DeviceMap
 from accel_bigmodel.quantize.backend import Backend
 from accel_bigmodel.quantize.filling import Filling
 from accel_bigmodel.quantize.options import BnbQuantizationConfig, QuantizationConfig, TorchaoQuantizationConfig
-from accel_bigmodel.quantize.placement import check_offload, plan_placement
-from accel_bigmodel.quantize.selection import select_layers
+from accel_bigmodel.quantize.placement import Placement, check_offload, infer_device_map, plan_placement
+from accel_bigmodel.quantize.selection import Selection, select_layers
 from accel_state.errors import ConfigError
 
 __all__ = ["load_and_quantize_model"]
@@ -51,7 +51,8 @@ def load_and_quantize_model(
             `BnbQuantizationConfig.enable_offload`; int8 weights of torchao may lie on ``"cpu"``.
         no_split_module_classes: for a strategy, as `infer_auto_device_map` takes it.
         max_memory: for a strategy, as `infer_auto_device_map` takes it.
-        offload_folder: where ``"disk"`` is.
+        offload_folder: where what is on ``"disk"`` is written, unless its file has it in the wanted dtype already.
+            Until then it is in the host's memory.
         offload_state_dict: refused: no state dict is ever in memory that could be offloaded.
 
     Raises:
@@ -59,15 +60,32 @@ def load_and_quantize_model(
         CheckpointError: if the checkpoint is damaged, or has other names, shapes or kinds of dtype than the model.
         MissingDependencyError: if the library that quantizes is not installed.
     """
-    _refuse(device_map, no_split_module_classes, max_memory, offload_state_dict)
+    is_strategy = isinstance(device_map, str) and device_map in MAP_STRATEGIES
+    _refuse(is_strategy, no_split_module_classes, max_memory, offload_state_dict)
     backend = _backend(bnb_quantization_config)
-    filling = _plan(model, backend, bnb_quantization_config, device_map)
+    selection = select_layers(model, bnb_quantization_config)
+    if is_strategy:
+        device_map = infer_device_map(
+            model,
+            selection,
+            bnb_quantization_config,
+            strategy=str(device_map),
+            max_memory=max_memory,
+            no_split_module_classes=no_split_module_classes,
+        )
+    filling, placement = _plan(model, backend, bnb_quantization_config, selection, device_map)
     if weights_location is None:
         filling.from_model()
     else:
         filling.from_checkpoint(Path(weights_location))
     model.requires_grad_(False)
     backend.mark(model)
+    if placement.needs_dispatch and isinstance(device_map, Mapping):
+        from accel_bigmodel.dispatch import dispatch_model  # here: one device needs none of what streams
+
+        dispatch_model(
+            model, device_map, placement.main, offload_dir=offload_folder, offload_index=filling.left_in_files
+        )
     return model
 
 
@@ -75,13 +93,13 @@ def _plan(
     model: nn.Module,
     backend: Backend,
     config: QuantizationConfig,
+    selection: Selection,
     device_map: DeviceMap | int | str | torch.device | None,
-) -> Filling:
-    selection = select_layers(model, config)
+) -> tuple[Filling, Placement]:
     tensors = model_tensors(model)  # let go of on return, so that each can be freed when its turn has come
     placement = plan_placement(model, tensors, device_map)
     layers = check_offload(selection.layers, config, placement)
-    return Filling(model, backend, config, layers, selection.float32, placement, tensors)
+    return Filling(model, backend, config, layers, selection.float32, placement, tensors), placement
 
 
 def _backend(config: QuantizationConfig) -> Backend:
@@ -99,7 +117,7 @@ def _backend(config: QuantizationConfig) -> Backend:
     )
 
 
-def _refuse(device_map: object, no_split: object, max_memory: object, offload_state_dict: bool) -> None:
+def _refuse(is_strategy: bool, no_split: object, max_memory: object, offload_state_dict: bool) -> None:
     if offload_state_dict:
         raise ConfigError(
             "`offload_state_dict=True` asks to keep the state dict on the disk while loading, but there is none: each "
@@ -107,8 +125,8 @@ def _refuse(device_map: object, no_split: object, max_memory: object, offload_st
         )
     inferred = {"no_split_module_classes": no_split, "max_memory": max_memory}
     for name, given in inferred.items():
-        if given is not None and not isinstance(device_map, str):
+        if given is not None and not is_strategy:
             raise ConfigError(
-                f"`{name}` is for a device map that is made, and would do nothing with `device_map={device_map!r}`. "
-                f"Drop it, or give `device_map='auto'`."
+                f"`{name}` is for a device map that is worked out, and here it is given or not needed. Drop it, or "
+                f"give `device_map='auto'`."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,12 @@ from torch import nn
 from accel_bigmodel.loading.model_tensor import ModelTensor
 from accel_bigmodel.loading.place import DISK, DeviceMap, Place, places_of
 from accel_bigmodel.quantize.options import BnbQuantizationConfig, QuantizationConfig
+from accel_bigmodel.quantize.selection import Selection
 from accel_state.device import available_kind
+from accel_state.dtypes import parse_dtype
 from accel_state.errors import ConfigError
 
-__all__ = ["Placement", "check_offload", "plan_placement"]
+__all__ = ["Placement", "check_offload", "infer_device_map", "plan_placement"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,52 @@ class Placement:
     def needs_dispatch(self) -> bool:
         """Whether inputs and tensors have to travel in a forward."""
         return len(set(self.places.values())) > 1
+
+
+def infer_device_map(
+    model: nn.Module,
+    selection: Selection,
+    config: QuantizationConfig,
+    *,
+    strategy: str,
+    max_memory: Mapping[int | str, int | str] | None,
+    no_split_module_classes: Iterable[str] | str | None,
+) -> DeviceMap:
+    """A device map by the sizes that `model` will have: bits of quantized weights with their scales, rounded up.
+
+    The scales of int8 weights are not counted.
+
+    Args:
+        model: not quantized yet.
+        selection: what will be quantized.
+        config: to what.
+        strategy: one of `MAP_STRATEGIES`.
+        max_memory: as for `infer_auto_device_map`.
+        no_split_module_classes: likewise.
+    """
+    from accel_bigmodel.placing import infer_auto_device_map  # here: a map that is given needs no planning
+
+    special = dict.fromkeys(selection.float32, torch.float32)
+    special |= {f"{name}.weight": _packed_dtype(config) for name in selection.layers}
+    return infer_auto_device_map(
+        model,
+        max_memory,
+        no_split_module_classes=no_split_module_classes,
+        dtype=config.torch_dtype,
+        special_dtypes=special,
+        strategy=strategy,  # type: ignore[arg-type] # one of `MAP_STRATEGIES`
+    )
+
+
+def _packed_dtype(config: QuantizationConfig) -> torch.dtype:
+    """The smallest that is as wide as a quantized weight with its part of the scales."""
+    if isinstance(config, BnbQuantizationConfig):
+        # 4 bits and a float32 for 64 of them, which double quantization makes a byte.
+        return torch.int8 if config.load_in_8bit else parse_dtype("uint5")
+    if config.weights == "int8" or config.group_size is None:
+        return torch.int8
+    scale_bits = 2 * (32 if config.torch_dtype in (None, torch.float32) else 16)  # and a zero point
+    return parse_dtype("uint5" if scale_bits <= config.group_size else "uint6")
 
 
 def plan_placement(
