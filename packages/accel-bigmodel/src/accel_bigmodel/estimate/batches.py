@@ -16,7 +16,9 @@ __all__ = ["made_up_batch", "sequence_length_of"]
 _DEFAULT_LENGTH = 512
 
 
-def made_up_batch(model: nn.Module, config: Any, options: EstimateOptions, *, labels: bool) -> dict[str, torch.Tensor]:
+def made_up_batch(
+    model: nn.Module, config: Any, options: EstimateOptions, *, labels: bool, more_tokens: int = 0
+) -> dict[str, torch.Tensor]:
     """The arguments of a forward on the meta device, by name.
 
     What a model takes is told by its ``main_input_name``, as models of transformers have it, or by the parameters of
@@ -28,6 +30,7 @@ def made_up_batch(model: nn.Module, config: Any, options: EstimateOptions, *, la
         config: of transformers, or ``None``.
         options: the sizes.
         labels: whether the model is asked for its loss, if it can tell one.
+        more_tokens: how many were generated before; an encoder-decoder has only these in its decoder.
 
     Raises:
         ConfigError: if what it takes cannot be told.
@@ -36,7 +39,8 @@ def made_up_batch(model: nn.Module, config: Any, options: EstimateOptions, *, la
     main = str(getattr(model, "main_input_name", None) or next(iter(accepted), ""))
     crosses = bool(getattr(config, "is_encoder_decoder", False))
     if main == "input_ids":
-        batch = {main: _tokens(options, config)}
+        length = sequence_length_of(config, options) + (0 if crosses else more_tokens)
+        batch = {main: _tokens(options, length)}
     elif main == "pixel_values" or getattr(model, "default_cfg", None) is not None:
         batch = {main: _images(model, config, options)}
     elif main == "input_features":
@@ -51,7 +55,7 @@ def made_up_batch(model: nn.Module, config: Any, options: EstimateOptions, *, la
     if with_labels:
         batch["labels"] = _labels(model, config, options)
     if crosses and "decoder_input_ids" in accepted and not with_labels:  # labels make those by themselves
-        batch["decoder_input_ids"] = _tokens(options, config)
+        batch["decoder_input_ids"] = _tokens(options, more_tokens or sequence_length_of(config, options))
     return batch
 
 
@@ -65,14 +69,14 @@ def sequence_length_of(config: Any, options: EstimateOptions) -> int:
     return min(_DEFAULT_LENGTH, most) if most and most > 0 else _DEFAULT_LENGTH
 
 
-def _tokens(options: EstimateOptions, config: Any) -> torch.Tensor:
-    shape = (options.batch_size, sequence_length_of(config, options))
-    return torch.empty(shape, dtype=torch.int64, device="meta")
+def _tokens(options: EstimateOptions, length: int) -> torch.Tensor:
+    return torch.empty((options.batch_size, length), dtype=torch.int64, device="meta")
 
 
 def _images(model: nn.Module, config: Any, options: EstimateOptions) -> torch.Tensor:
     given = getattr(model, "default_cfg", None)
-    channels, height, width = given["input_size"] if isinstance(given, dict) and "input_size" in given else (3, 224, 224)
+    known = isinstance(given, dict) and "input_size" in given
+    channels, height, width = given["input_size"] if known else (3, 224, 224)  # type: ignore[index]
     size = getattr(config, "image_size", None)
     if isinstance(size, (list, tuple)):
         height, width = size
@@ -93,7 +97,7 @@ def _sound(config: Any, options: EstimateOptions) -> torch.Tensor:
 def _labels(model: nn.Module, config: Any, options: EstimateOptions) -> torch.Tensor:
     name = type(model).__name__
     if "TokenClassification" in name or not name.endswith("Classification"):
-        return _tokens(options, config)
+        return _tokens(options, sequence_length_of(config, options))
     several = getattr(config, "problem_type", None) == "multi_label_classification"
     shape = (options.batch_size, int(getattr(config, "num_labels", 2))) if several else (options.batch_size,)
     regression = getattr(config, "num_labels", 2) == 1

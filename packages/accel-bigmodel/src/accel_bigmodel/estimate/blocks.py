@@ -31,7 +31,7 @@ def checkpoint_blocks(model: nn.Module) -> int:
     """Let each block of `model` keep its inputs only and run again in backward; how many there are."""
     blocks = outermost(find_blocks(model))
     for _, block in blocks:
-        block.forward = partial(  # type: ignore[method-assign]
+        block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
     return len(blocks)
@@ -71,7 +71,7 @@ class Blocks:
         for unit, members in self._units.items():
             for parameter in members:
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(partial(self._accumulated, unit))
+                    parameter.register_post_accumulate_grad_hook(partial(self._accumulated, unit))  # type: ignore[no-untyped-call]
 
     def begin_backward(self) -> None:
         """The loss is there."""
@@ -117,7 +117,7 @@ class Blocks:
         self._gather(index + 1)
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(partial(self._enter_backward, index))
+                leaf.register_hook(partial(self._enter_backward, index))  # type: ignore[no-untyped-call]
                 break
 
     def _enter_backward(self, index: int, gradient: torch.Tensor) -> None:

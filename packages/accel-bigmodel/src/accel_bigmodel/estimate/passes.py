@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,7 +21,11 @@ from accel_bigmodel.estimate.tracker import OTHER, AllocationTracker, Peak
 from accel_state.dtypes import DTYPE_OF_PRECISION
 from accel_state.errors import ConfigError
 
-__all__ = ["Loss", "trace_inference", "trace_training"]
+__all__ = ["CACHE", "Loss", "cached_tensors", "trace_generation", "trace_inference", "trace_training"]
+
+CACHE = "key-value cache"
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What models of transformers call it, the newest name first: those that know it warn of the others."""
 
 Loss = Callable[[Any], torch.Tensor]
 """From the outputs of a model to the number that backward begins with."""
@@ -34,24 +39,54 @@ _DIVIDES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def trace_inference(model: nn.Module, batch: Any, options: EstimateOptions) -> tuple[Peak, int]:
-    """The peak of a forward without gradients, the prompt of a generation, and the bytes of the cache that it leaves.
+def trace_inference(model: nn.Module, batch: Any, options: EstimateOptions) -> Peak:
+    """The peak of a forward without gradients: of a model that generates, the prompt's, and its cache."""
+    return _with_cache_named(lambda known: _infer(model, batch, None, options, known))
 
-    With `new_tokens` the peak is that of the last token's forward, if it is the larger one.
-    """
-    with _fakes(options, autocast=False, packed=_packed(batch)) as (mode, tracker):
+
+def trace_generation(model: nn.Module, batch: Any, options: EstimateOptions) -> Peak | None:
+    """The peak of the forward of one more token after those of `batch`; ``None`` where the model keeps no cache."""
+    accepted = inspect.signature(model.forward).parameters
+    name = next((each for each in _CACHE_NAMES if each in accepted), None)
+    if name is None:
+        return None
+    return _with_cache_named(lambda known: _infer(model, batch, name, options, known))
+
+
+def _with_cache_named(run: Callable[[Mapping[int, str]], tuple[Peak, set[int]]]) -> Peak:
+    """Run twice: what is cache is known only once the forward is over."""
+    _, cached = run({})
+    return run(dict.fromkeys(cached, CACHE))[0]
+
+
+def _infer(
+    model: nn.Module, batch: Any, cache_name: str | None, options: EstimateOptions, known: Mapping[int, str]
+) -> tuple[Peak, set[int]]:
+    with _fakes(options, autocast=False, packed=_packed(batch), known=known) as (mode, tracker), torch.no_grad():
         copied = fake_model(model, mode, dtype=options.weights_dtype).eval()
         _register_model(copied, tracker)
         given = fake_like(batch, mode, dtype=_batch_dtype(copied))
         tracker.register("inputs", tree_leaves(given))
         tracker.reset_peak()
         tracker.moment = "forward"
-        with torch.no_grad():
-            outputs = _call(copied, given)
-        peak = tracker.peak
-        cache = _cache_of(outputs)
-        tracker.register("cache", _cached_tensors(cache))
-        return peak, tracker.live("cache")
+        outputs = _call(copied, given)
+        if cache_name is not None:
+            cache = _cache_of(outputs)
+            tracker.register(CACHE, cached_tensors(cache))
+            following = _next_token(given, outputs, cache_name, cache)
+            del outputs, given
+            tracker.reset_peak()
+            outputs = copied(**following)
+        return tracker.peak, tracker.order_of(cached_tensors(_cache_of(outputs)))
+
+
+def _next_token(batch: Mapping[str, torch.Tensor], outputs: Any, name: str, cache: Any) -> dict[str, Any]:
+    """The arguments of the next token's forward."""
+    if "decoder_input_ids" in batch:
+        token = batch["decoder_input_ids"][:, :1].clone()
+        encoded = (outputs.encoder_last_hidden_state,)
+        return {"decoder_input_ids": token, "encoder_outputs": encoded, name: cache, "use_cache": True}
+    return {"input_ids": batch["input_ids"][:, :1].clone(), name: cache, "use_cache": True}
 
 
 def trace_training(model: nn.Module, batch: Any, options: EstimateOptions, loss: Loss | None = None) -> Peak:
@@ -131,9 +166,11 @@ def _step(model: nn.Module, batch: Any, options: EstimateOptions, run: _Run) -> 
 
 
 @contextmanager
-def _fakes(options: EstimateOptions, *, autocast: bool, packed: bool) -> Iterator[tuple[FakeTensorMode, AllocationTracker]]:
+def _fakes(
+    options: EstimateOptions, *, autocast: bool, packed: bool, known: Mapping[int, str] | None = None
+) -> Iterator[tuple[FakeTensorMode, AllocationTracker]]:
     on_gpu = options.device == "cuda"
-    tracker = AllocationTracker(granularity_bytes=_CUDA_GRANULARITY_BYTES if on_gpu else 1)
+    tracker = AllocationTracker(granularity_bytes=_CUDA_GRANULARITY_BYTES if on_gpu else 1, known=known)
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if not packed:
@@ -224,11 +261,11 @@ def _batch_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def _cache_of(outputs: Any) -> Any:
-    found = getattr(outputs, "past_key_values", None)
-    return found if found is not None else getattr(outputs, "cache", getattr(outputs, "cache_params", None))
+    found = (getattr(outputs, name, None) for name in _CACHE_NAMES)
+    return next((each for each in found if each is not None), None)
 
 
-def _cached_tensors(cache: Any) -> list[torch.Tensor]:
+def cached_tensors(cache: Any) -> list[torch.Tensor]:
     """The tensors of a cache, however it nests them in its layers."""
     found: list[torch.Tensor] = []
     waiting, seen = [cache], set()

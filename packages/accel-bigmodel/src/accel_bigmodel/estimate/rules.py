@@ -11,11 +11,12 @@ Three rules decide how much such a run keeps for its backward, and each is torch
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -24,6 +25,7 @@ __all__ = ["Attention", "CudaRules"]
 Attention = Literal["auto", "flash", "efficient", "math"]
 
 _FLASH_HEAD_DIM = 256
+_DROPOUT = inspect.signature(functional.dropout)
 _IN_FLOAT32 = frozenset(
     {
         "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "kl_div",
@@ -48,11 +50,11 @@ class CudaRules(TorchFunctionMode):
         self._attention = attention
         self._autocast = autocast
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
+        if func is functional.scaled_dot_product_attention:
             return self._attend(*args, **given)
-        if func is F.dropout:
+        if func is functional.dropout:
             return _dropout(*args, **given)
         if self._autocast and getattr(func, "__name__", "") in _IN_FLOAT32:
             args, given = tree_map(_widened, (args, given))
@@ -72,13 +74,14 @@ class CudaRules(TorchFunctionMode):
         if torch.is_autocast_enabled(query.device.type):
             narrow = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
-        kernel = self._kernel(query, key, value, attn_mask)
+        triple = (query, key, value)
+        kernel = self._kernel(*triple, attn_mask)
         if kernel == "flash":
             # The kernel takes heads of a multiple of 8; torch pads them around it and cuts the result.
             size = value.size(-1)
-            padded = [F.pad(each, (0, -each.size(-1) % 8)) if each.size(-1) % 8 else each for each in (query, key, value)]
+            padded = [_padded(each) for each in triple]
             flash: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention
-            result = flash(*padded, dropout_p, is_causal, False, scale=scale)[0]
+            result: torch.Tensor = flash(*padded, dropout_p, is_causal, False, scale=scale)[0]
             return result if result.size(-1) == size else result[..., :size]
         if kernel == "efficient":
             bias = attn_mask
@@ -87,7 +90,7 @@ class CudaRules(TorchFunctionMode):
             if bias is not None:
                 bias = bias.expand(query.size(0), query.size(1), query.size(2), key.size(2))
             efficient: Callable[..., Any] = torch.ops.aten._scaled_dot_product_efficient_attention
-            keeps = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+            keeps = torch.is_grad_enabled() and any(each.requires_grad for each in triple)
             return efficient(query, key, value, bias, keeps, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
         plain: Callable[..., Any] = torch.ops.aten._scaled_dot_product_attention_math
         return plain(  # type: ignore[no-any-return]
@@ -108,10 +111,18 @@ class CudaRules(TorchFunctionMode):
         return "efficient" if alike else "math"
 
 
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    if inplace or not training or p == 0.0:
-        return F.dropout(input, p, training, inplace)
-    result: torch.Tensor = torch.native_dropout(input, p, True)[0]
+def _padded(heads: torch.Tensor) -> torch.Tensor:
+    missing = -heads.size(-1) % 8
+    return functional.pad(heads, (0, missing)) if missing else heads
+
+
+def _dropout(*args: Any, **kwargs: Any) -> torch.Tensor:
+    given = _DROPOUT.bind(*args, **kwargs)
+    given.apply_defaults()
+    values = given.arguments
+    if values["inplace"] or not values["training"] or values["p"] == 0.0:
+        return functional.dropout(*args, **kwargs)
+    result: torch.Tensor = torch.native_dropout(values["input"], values["p"], True)[0]
     return result
 
 

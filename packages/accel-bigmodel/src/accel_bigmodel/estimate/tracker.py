@@ -34,10 +34,10 @@ class Peak:
     """What ran then."""
 
 
-class AllocationTracker(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums up the memory of live tensors while it is entered, and remembers the largest sum.
 
-    Tensors made before are known only once they are registered. One thread: the one that enters it, and those in which
+    Register what was made before: it counts once something looks at it, and under no name then. One thread: the one that enters it, and those in which
     autograd runs its backward.
 
     Example::
@@ -52,6 +52,7 @@ class AllocationTracker(TorchDispatchMode):
         granularity_bytes: to what multiple an allocator rounds up; CUDA's takes 512.
         weights: by category, what part of its bytes counts; categories that are not named count in full. With it, the
             same run tells what one of several ranks needs that share some of the memory.
+        known: categories of memory by the order in which it is made, of a run like this one; see `order_of`.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class AllocationTracker(TorchDispatchMode):
         device: str | None = None,
         granularity_bytes: int = 1,
         weights: Mapping[str, float] | None = None,
+        known: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moment = ""
         """What runs now, for people; set by whoever runs it."""
         self.category = OTHER
@@ -72,7 +74,9 @@ class AllocationTracker(TorchDispatchMode):
         self._granularity = granularity_bytes
         self.weights = dict(weights or {})
         """By category, what part of its bytes counts."""
-        self._live: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self._known = dict(known or {})
+        self._made = 0
+        self._live: dict[int, tuple[weakref.ref[Any], str, int, int]] = {}
         self._bytes: Counter[str] = Counter()
         self._peak: tuple[float, dict[str, int], str] = (-1.0, {}, "")
 
@@ -104,11 +108,19 @@ class AllocationTracker(TorchDispatchMode):
         self._bytes[category] += size_bytes
         self._note()
 
+    def order_of(self, tensors: Iterable[Any]) -> set[int]:
+        """The places of the memory of `tensors` in the order in which all of it was made since the tracker was.
+
+        The same program makes the same in the same order, so a second run can be told what became of it.
+        """
+        found = (self._live.get(id(each.untyped_storage())) for each in _tensors(list(tensors)))
+        return {known[3] for known in found if known is not None}
+
     def live(self, category: str) -> int:
         """Bytes of one category that are alive, not weighted."""
         return self._bytes[category]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and self.answer_item is not None:
             return self.answer_item
         result = func(*args, **(kwargs or {}))
@@ -126,13 +138,15 @@ class AllocationTracker(TorchDispatchMode):
         size = -(-storage.nbytes() // self._granularity) * self._granularity
         known = self._live.get(key)
         if known is None or known[0]() is not storage:
-            reference = weakref.ref(storage, self._forget(key))
-            self._live[key] = (reference, category or self.category, size)
-            self._bytes[category or self.category] += size
+            number, self._made = self._made, self._made + 1
+            category = category or self._known.get(number, self.category)
+            self._live[key] = (weakref.ref(storage, self._forget(key)), category, size, number)
+            self._bytes[category] += size
         elif (category is not None and category != known[1]) or size != known[2]:  # renamed, or resized in place
+            category = category or known[1]
             self._bytes[known[1]] -= known[2]
-            self._live[key] = (known[0], category or known[1], size)
-            self._bytes[category or known[1]] += size
+            self._live[key] = (known[0], category, size, known[3])
+            self._bytes[category] += size
 
     def _counts(self, tensor: torch.Tensor) -> bool:
         if tensor.layout != torch.strided:
