@@ -61,7 +61,8 @@ def make_room(model: nn.Module, plan: LoadPlan) -> Prepared:
 def _let_go(model: nn.Module, each: PlannedTensor) -> None:
     old = each.of.tensor
     if old.device.type != "meta":
-        put(model, each.of.names, like(old, torch.empty_like(old, device="meta")))
+        each.of.tensor = like(old, torch.empty_like(old, device="meta"))
+        put(model, each.of.names, each.of.tensor)
 
 
 def carry_out(model: nn.Module, plan: LoadPlan, options: LoadOptions, read: Reader) -> LoadedCheckpoint:

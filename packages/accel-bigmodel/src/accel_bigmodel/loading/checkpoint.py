@@ -47,7 +47,8 @@ def load_checkpoint_in_model(
     The memory of each parameter is made once, on its device and in its dtype, and several threads read into it; dtypes
     are converted on the way. A parameter that is where and what it should be is overwritten and stays the same object;
     others are replaced, so make optimizers afterwards. All that can be checked is checked before anything is changed.
-    After an error in reading, parameters without values still have none, and others may hold old and new ones.
+    After an error in reading, parameters without values still have none, those that were to move have none any more,
+    and others may hold old and new ones.
 
     What is mapped to ``"disk"`` becomes a parameter without values (on the meta device) and stays in its file; see
     `LoadedCheckpoint.stored`. Nothing is written where safetensors hold it in the dtype that is wanted; otherwise one

@@ -186,7 +186,7 @@ def _check_kind(each: ModelTensor, sources: Sequence[Source], path: Path) -> Non
     for source in sources:
         theirs = source.dtype
         floating = (ours.is_floating_point, theirs.is_floating_point)
-        narrowed = not any(floating) and not torch.can_cast(theirs, ours)
+        narrowed = not any(floating) and torch.promote_types(theirs, ours) != ours
         if floating[0] != floating[1] or ours.is_complex != theirs.is_complex or narrowed:
             raise CheckpointError(
                 f"`{each.name}` is {ours} in the model and {theirs} in `{path}`, and converting it would change what "

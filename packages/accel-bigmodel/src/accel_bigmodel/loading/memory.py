@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from accel_bigmodel.loading.model_tensor import ModelTensor
@@ -31,11 +30,6 @@ def check_plain(each: ModelTensor) -> None:
         ConfigError: for those.
     """
     tensor = each.tensor
-    if is_lazy(tensor):
-        raise ConfigError(
-            f"`{each.name}` has no shape yet ({type(tensor).__name__}), so what is stored cannot be compared with it. "
-            f"Call the model once, then load."
-        )
     if isinstance(tensor, DTensor):
         if tensor.device.type == "meta":
             raise ConfigError(

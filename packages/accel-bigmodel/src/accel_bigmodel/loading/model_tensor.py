@@ -7,19 +7,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from accel_bigmodel.tied import tensor_identity
+from accel_state.errors import ConfigError
 
 __all__ = ["ModelTensor", "model_tensors", "put"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ModelTensor:
     """A parameter or buffer."""
 
     names: tuple[str, ...]
     """In the order of the model; several where it is tied."""
     tensor: torch.Tensor
+    """What the model holds."""
     is_saved: bool
     """Whether a ``state_dict`` has it: a parameter or a persistent buffer."""
 
@@ -35,15 +38,21 @@ class ModelTensor:
 
 
 def model_tensors(model: nn.Module) -> list[ModelTensor]:
-    """Every parameter and buffer, in the order of the model, parameters first."""
+    """Every parameter and buffer, in the order of the model, parameters first.
+
+    Raises:
+        ConfigError: if one has no shape yet.
+    """
     groups: dict[Hashable, list[tuple[str, torch.Tensor, bool]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
         for key, parameter in module._parameters.items():
             if parameter is not None:
+                _check_shaped(start + key, parameter)
                 groups.setdefault((True, tensor_identity(parameter)), []).append((start + key, parameter, True))
         for key, buffer in module._buffers.items():
             if buffer is not None:
+                _check_shaped(start + key, buffer)
                 saved = key not in module._non_persistent_buffers_set
                 groups.setdefault((False, tensor_identity(buffer)), []).append((start + key, buffer, saved))
     found = [
@@ -51,6 +60,14 @@ def model_tensors(model: nn.Module) -> list[ModelTensor]:
         for group in groups.values()
     ]
     return sorted(found, key=lambda each: not each.is_parameter)
+
+
+def _check_shaped(name: str, tensor: torch.Tensor) -> None:
+    if is_lazy(tensor):
+        raise ConfigError(
+            f"`{name}` has no shape yet ({type(tensor).__name__}), so what is stored cannot be compared with it. Call "
+            f"the model once, then load."
+        )
 
 
 def put(model: nn.Module, names: tuple[str, ...], tensor: torch.Tensor) -> None:
