@@ -13,10 +13,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from accel_bigmodel import find_tied_parameters, init_empty_weights
+from accel_bigmodel.dispatch import DeviceTable, dispatch
+from accel_bigmodel.offload.division import group_tensors
+from accel_bigmodel.offload.offloading import remove_hooks
+from accel_bigmodel.offload.streaming import stream_tensors
 from accel_bigmodel.quantize import filling
 from accel_bigmodel.quantize.load import load_and_quantize_model
 from accel_bigmodel.quantize.options import BnbQuantizationConfig, TorchaoQuantizationConfig
 from accel_bigmodel.quantize.selection import quantized_layers
+from accel_bigmodel.testing import FakeTransfers
 from accel_state.errors import CheckpointError, ConfigError
 
 INT8 = BnbQuantizationConfig(load_in_8bit=True)
@@ -387,3 +392,52 @@ def test_layers_that_a_model_reads_the_dtype_of(tmp_path: Path) -> None:
     with torch.no_grad():
         ours, theirs = model(**batch).logits, original(**batch).logits
     assert error(ours, theirs) < 0.6
+
+
+def streamed(model: Any) -> tuple[Any, FakeTransfers]:
+    """A copy of `model` whose parameters are brought to a stand-in for a device in each forward."""
+    made, transfers = copy.deepcopy(model), FakeTransfers()
+    held = [each for each in group_tensors(made) if each.places[0].is_parameter]
+    stream_tensors(made, held, {}, transfers=transfers, num_slots=2)
+    return made, transfers
+
+
+@pytest.mark.parametrize("name", ["torchao int8", "torchao groups"])
+def test_weights_of_torchao_are_streamed(name: str, stored: Path) -> None:
+    model = load_and_quantize_model(empty_llama(), ALL[name], stored, {"": "cpu"})
+    offloaded, transfers = streamed(model)
+    with transfers.watch():
+        assert torch.equal(logits(offloaded), logits(model))
+    assert transfers.copied_bytes < 0.6 * sum(each.numel() for each in llama().parameters()) * 4
+    remove_hooks(offloaded)
+    assert quantized_layers(offloaded) == quantized_layers(model)
+
+
+@pytest.mark.parametrize("name", BNB)
+def test_weights_of_bitsandbytes_are_not(name: str, stored: Path) -> None:
+    model = load_and_quantize_model(empty_llama(), ALL[name], stored, {"": "cpu"})
+    with pytest.raises(ConfigError, match=r"`(Int8Params|Params4bit)` cannot be offloaded.*Keep its module"):
+        streamed(model)
+
+
+class HostTable(DeviceTable):
+    """Any number of devices, all of them the CPU."""
+
+    def device(self, place: Any) -> torch.device:
+        return torch.device("cpu")
+
+    def transfers(self, place: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_spread_over_devices(name: str, stored: Path) -> None:
+    model = load_and_quantize_model(empty_llama(), ALL[name], stored, {"": "cpu"})
+    expected, state = logits(model), bits(model.state_dict())
+    spread = {"model.embed_tokens": 0, "model.layers.0": 0, "model": 1, "lm_head": 1}
+    dispatch(model, spread, HostTable())
+    assert torch.equal(logits(model), expected)
+    assert len(quantized_layers(model)) == 14
+    after = bits(model.state_dict())
+    assert after.keys() == state.keys()
+    assert all(torch.equal(each, after[key]) for key, each in state.items())

@@ -13,9 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from accel_bigmodel import init_empty_weights
+from accel_bigmodel.loading.model_tensor import model_tensors
 from accel_bigmodel.quantize import load
+from accel_bigmodel.quantize.filling import Filling
 from accel_bigmodel.quantize.load import load_and_quantize_model
 from accel_bigmodel.quantize.options import BnbQuantizationConfig, QuantizationConfig, TorchaoQuantizationConfig
+from accel_bigmodel.quantize.placement import Placement
 from accel_state.errors import CheckpointError, ConfigError, MissingDependencyError
 
 
@@ -246,6 +249,32 @@ def test_a_layer_that_is_refused_changes_nothing(backend: Rounding, tmp_path: Pa
         quantize(model)
     assert model[0] is first
     assert backend.given == []
+
+
+@pytest.mark.parametrize("strategy", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_a_map_that_is_worked_out(backend: Rounding, folder: Path, strategy: str) -> None:
+    model = load_and_quantize_model(empty(), CONFIG, folder, strategy, max_memory={"cpu": "1GiB"})
+    assert len(backend.given) == 6
+    assert all(each.device.type == "cpu" for each in model.parameters())
+
+
+def test_what_is_on_disk_as_it_is_wanted_stays_there(backend: Rounding, folder: Path) -> None:
+    gpu = torch.device("cuda", 0)
+    for dtype, left in ((None, {"layers.1.norm.weight", "layers.1.norm.bias", "layers.1.up.bias"}), ("bf16", set())):
+        config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype=dtype, enable_offload=True)
+        model = empty()
+        tensors = model_tensors(model)
+        # Everything else would be on the accelerator; there is none here, so that stays on the CPU.
+        places: dict[str, Any] = {
+            each.name: "disk" if each.name.startswith("layers.1.") else torch.device("cpu") for each in tensors
+        }
+        layers = [f"layers.{number}.{name}" for number in (0, 2) for name in ("up", "down")]
+        filling = Filling(model, backend, config, layers, frozenset(), Placement(places, gpu), tensors)
+        filling.from_checkpoint(folder)
+        weights = {"layers.1.up.weight", "layers.1.down.weight"} if left else set()
+        assert set(filling.left_in_files) == left | weights
+        empties = {name for name, each in model.named_parameters() if each.device.type == "meta"}
+        assert empties == left | weights
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from accel_bigmodel import init_empty_weights
 from accel_bigmodel.loading.model_tensor import model_tensors
 from accel_bigmodel.loading.place import Place
 from accel_bigmodel.quantize.options import BnbQuantizationConfig, QuantizationConfig, TorchaoQuantizationConfig
-from accel_bigmodel.quantize.placement import Placement, check_offload, plan_placement
+from accel_bigmodel.quantize.placement import Placement, check_offload, infer_device_map, plan_placement
+from accel_bigmodel.quantize.selection import select_layers
 from accel_state.errors import ConfigError
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -84,3 +85,33 @@ def test_a_model_without_values_goes_to_what_computes_here() -> None:
         placement.main.type
     }
     assert placement.main.type != "meta"
+
+
+@pytest.mark.parametrize(
+    ("config", "bits"),
+    [
+        (BnbQuantizationConfig(load_in_8bit=True), 8),
+        (BNB, 5),
+        (TorchaoQuantizationConfig(weights="int8"), 8),
+        (TorchaoQuantizationConfig(weights="int4", group_size=32), 6),
+        (TorchaoQuantizationConfig(weights="int4", group_size=32, torch_dtype="bf16"), 5),
+        (TorchaoQuantizationConfig(weights="int4"), 5),
+    ],
+)
+def test_an_automatic_map_counts_what_will_be_there(config: QuantizationConfig, bits: int) -> None:
+    with init_empty_weights():
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256, bias=False)) for _ in range(8)), nn.Linear(256, 3))
+    selection = select_layers(model, config)
+    assert len(selection.layers) == 8
+    head_bytes = (256 * 3 + 3) * (4 if config.torch_dtype is None else 2)
+    size = 8 * 256 * 256 * bits // 8 + head_bytes
+    for spare, fits in ((0, True), (-1, False)):
+        made = infer_device_map(
+            model,
+            selection,
+            config,
+            strategy="sequential",
+            max_memory={0: size + spare, "cpu": "1GiB"},
+            no_split_module_classes=[],
+        )
+        assert (set(made.values()) == {0}) == fits
