@@ -87,7 +87,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problems())
 def test_auto_is_as_fast_as_the_fastest_of_all_contiguous_placements(problem: Problem) -> None:
     possible = fitting(problem)
@@ -100,7 +100,7 @@ def test_auto_is_as_fast_as_the_fastest_of_all_contiguous_placements(problem: Pr
     assert not possible or prediction.seconds <= min(each.seconds for each in possible) * (1 + 1e-8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problems())
 def test_auto_is_never_slower_than_any_other_strategy(problem: Problem) -> None:
     auto = search(problem, "auto")

@@ -240,7 +240,9 @@ def _measure(
     # Experts are stacked in three dims, and a matrix of one is what the last two are.
     sides = [side for shape, _ in matrices for side in (shape[-2:] if len(shape) == 3 else (shape[0], shape[1]))]
     wide = max(sides)
-    return elements, wide, Counter(sides).most_common(1)[0][0] if is_block else min(sides)
+    counts = Counter(sides)
+    usual = max(counts, key=lambda side: (counts[side], -side))
+    return elements, wide, usual if is_block else min(sides)
 
 
 def _find(root: list[int], number: int) -> int:

@@ -125,9 +125,21 @@ class Problem:
             self.machine.copy_gb_s(place, to_cpu=on_host) * 1e9 if number >= self.num_computing else float("inf")
             for number, place in enumerate(self.places)
         ]
-        layer_kv = list(kv_bytes) if kv_bytes is not None else [0] * len(chain.layers)
+        self.kv_bytes = layer_kv = list(kv_bytes) if kv_bytes is not None else [0] * len(chain.layers)
         self._count_units(chain, layer_kv)
         self._time_units(chain, layer_kv)
+
+    def with_workload(self, workload: Workload) -> Problem:
+        """The same places and chain for another workload of which the KV cache takes as much."""
+        return Problem(
+            self.chain,
+            dict(zip(self.places, self.budgets, strict=True)),
+            main=self.places[self.main],
+            workload=workload,
+            machine=self.machine,
+            offload_buffers=self.offload_buffers,
+            kv_bytes=self.kv_bytes,
+        )
 
     def _count_units(self, chain: Chain, layer_kv: list[int]) -> None:
         buffers_too = self.offload_buffers

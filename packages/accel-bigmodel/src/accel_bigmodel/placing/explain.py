@@ -11,7 +11,7 @@ from torch import nn
 
 from accel_bigmodel.placing.check import plan_of_map
 from accel_bigmodel.placing.cost import PlaceUse
-from accel_bigmodel.placing.memory import UNLIMITED
+from accel_bigmodel.placing.memory import UNLIMITED, shown_place
 from accel_bigmodel.placing.picture import html, svg
 from accel_bigmodel.placing.plan import Plan
 from accel_bigmodel.placing.shown import format_seconds, layers_text
@@ -94,9 +94,13 @@ class Explanation:
         """A page with the picture and the table. Stands alone: no scripts, no fonts, nothing fetched."""
         return html(self)
 
+    def shown_uses(self) -> list[PlaceUse]:
+        """All places but a disk that is there without limit and not needed."""
+        return [use for use in self.plan.prediction.uses if use.used_bytes or use.layers or use.budget_bytes < UNLIMITED]
+
     def rows(self) -> list[tuple[str, ...]]:
         """Heads and cells of the table."""
-        return [_HEADS, *(self._row(use) for use in self.plan.prediction.uses)]
+        return [_HEADS, *(self._row(use) for use in self.shown_uses())]
 
     def _row(self, use: PlaceUse) -> tuple[str, ...]:
         limited = use.budget_bytes < UNLIMITED

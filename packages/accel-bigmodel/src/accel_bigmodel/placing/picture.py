@@ -40,8 +40,7 @@ td:nth-child(2){white-space:normal;overflow-wrap:anywhere;min-width:12rem}"""
 
 def svg(explanation: Explanation) -> str:
     """The picture as one SVG element."""
-    plan = explanation.plan
-    uses = plan.prediction.uses
+    uses = explanation.shown_uses()
     height = _ROW_TOP + _ROW_HEIGHT * len(uses) + 56
     said = explanation.statements()
     label = escape(f"Device map of {explanation.title}")

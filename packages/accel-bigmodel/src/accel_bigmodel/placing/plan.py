@@ -32,6 +32,10 @@ class Plan:
         """Bytes in every place, and seconds of a forward."""
         return evaluate(self.problem, self.placement)
 
+    def seconds_for(self, workload: Workload) -> float:
+        """What a forward of another workload, with a KV cache of the same size, takes with this placement."""
+        return evaluate(self.problem.with_workload(workload), self.placement).seconds
+
     @property
     def chain(self) -> Chain:
         """What was placed."""
