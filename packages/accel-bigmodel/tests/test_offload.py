@@ -351,6 +351,21 @@ def test_removing_gives_back_an_ordinary_model() -> None:
         cpu_offload(model, "cpu")
 
 
+def test_modules_inside_of_a_block_can_be_called_by_themselves() -> None:
+    """As by activation checkpointing that computes a block's forward again without calling the block."""
+    model = make().eval()
+    transfers = offload(model)
+    rows = torch.ones(2, 8)
+    with transfers.watch(), torch.no_grad():
+        assert torch.equal(model.blocks[1].mlp(rows), make().eval().blocks[1].mlp(rows))
+        assert torch.equal(model.blocks[1].norm(rows), make().eval().blocks[1].norm(rows))
+        model.blocks[3].norm.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.blocks[3].norm(rows)
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert not any(unit.is_entered for unit in units_of(model))
+
+
 def test_a_block_that_is_compiled_gives_the_same() -> None:
     """Bringing weights ends a graph before each unit and behind it, and nowhere else."""
     model = make().eval()

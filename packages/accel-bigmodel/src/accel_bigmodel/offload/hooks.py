@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,34 @@ class _Leave(_Hook):
         self.unit.leave()
 
 
+class _EnterInside(_Hook):
+    """Of a module inside a block, which may be called without it, as by activation checkpointing inside the block.
+
+    Where the block was entered this is a comparison, and no reason to end a graph.
+    """
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not self.unit.is_entered:
+            self._enter(module)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _enter(self, module: nn.Module) -> None:
+        self.unit.enter()
+        self.unit.opener = weakref.ref(module)
+
+
+class _LeaveInside(_Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.unit.opener is not None:
+            self._leave(module)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _leave(self, module: nn.Module) -> None:
+        if self.unit.opener is not None and self.unit.opener() is module:
+            self.unit.opener = None
+            self.unit.leave()
+
+
 class _FillState(_Hook):
     """Gives ``state_dict`` the values instead of the placeholders."""
 
@@ -77,13 +106,19 @@ class _TakeState(_Hook):
 
 
 def attach(unit: Unit, modules: list[nn.Module]) -> None:
-    """Have the forwards of `modules` enter and leave `unit`, and the state of its modules know of it."""
+    """Have the forwards of `modules` enter and leave `unit`, and the state of its modules know of it.
+
+    Modules inside of these that hold its tensors enter it too, where they are called by themselves.
+    """
     for module in modules:
         module.register_forward_pre_hook(_Enter(unit), prepend=True)
         module.register_forward_hook(_Leave(unit), always_call=True)
     owners = {id(place.module()): place.module() for tensor in unit.tensors for place in tensor.places}
     for owner in owners.values():
         assert owner is not None
+        if owner not in modules:
+            owner.register_forward_pre_hook(_EnterInside(unit), prepend=True)
+            owner.register_forward_hook(_LeaveInside(unit), always_call=True)
         owner.register_state_dict_post_hook(_FillState(unit))  # type: ignore[no-untyped-call]
         owner.register_load_state_dict_pre_hook(_TakeState(unit))  # type: ignore[no-untyped-call]
     for tensor in unit.tensors:

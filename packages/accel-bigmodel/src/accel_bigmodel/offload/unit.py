@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from accel_bigmodel.offload.saved import SavedWeights
 from accel_bigmodel.offload.tensor import MovedTensor
@@ -34,6 +36,8 @@ class Unit:
         self.source = source
         self._engine = engine
         self._load = Load(engine, source, name)
+        self.opener: weakref.ref[nn.Module] | None = None
+        """A module inside the block that entered the unit for its own forward; see `hooks`."""
         self._depth = 0
         self._views: list[torch.Tensor] = []
         self._put: list[torch.Tensor] = []
@@ -44,6 +48,11 @@ class Unit:
     def engine(self) -> Engine:
         """What moves it."""
         return self._engine
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether its modules hold values now."""
+        return self._depth > 0
 
     def enter(self, *, one_forward: bool = True) -> None:
         """Have the weights where they are needed, good for what is computed from now on.
