@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel_bigmodel.offload.saved import current_hooks
 from accel_bigmodel.offload.unit import Unit
 from accel_state.errors import ConfigError
 
@@ -59,7 +60,9 @@ class _EnterInside(_Hook):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, module: nn.Module) -> None:
-        self.unit.enter()
+        # Checkpointing inside the block was the innermost to look at what its forward saved, and counts again what the
+        # second one saves. That is used at once, so it may keep the weights.
+        self.unit.enter(one_forward=current_hooks() is None)
         self.unit.opener = weakref.ref(module)
 
 

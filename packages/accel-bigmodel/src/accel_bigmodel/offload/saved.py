@@ -9,9 +9,16 @@ import torch
 
 from accel_bigmodel.stream import Load
 
-__all__ = ["SavedWeights"]
+__all__ = ["SavedWeights", "current_hooks"]
 
 Hooks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+
+
+def current_hooks() -> Hooks | None:
+    """What looks at saved tensors now, if torch tells."""
+    top: Callable[[bool], Hooks | None] | None
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(True)
 
 
 class _Weight(NamedTuple):
@@ -45,9 +52,7 @@ class SavedWeights:
     def __init__(self, load: Load, flat: torch.Tensor) -> None:
         self._load = load
         self._address = flat.untyped_storage().data_ptr()
-        top: Callable[[bool], Hooks | None] | None
-        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-        self._outer = None if top is None else top(True)
+        self._outer = current_hooks()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> None:
