@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +18,8 @@ from accel_bigmodel import init_empty_weights
 from accel_bigmodel.estimate.allocator import allocator_peak_bytes
 from accel_bigmodel.estimate.options import EstimateOptions
 from accel_bigmodel.estimate.passes import trace_inference, trace_training
+from accel_bigmodel.estimate.tracker import AllocationTracker
+from accel_state.testing import run_ranks
 
 TOLERANCE = 0.05
 """What is promised. The cases below are far closer; where a kernel takes memory inside, they are not."""
@@ -158,8 +162,9 @@ def test_inference_peaks_within_the_promise(name: str) -> None:
             model(batch)
 
     run()
-    there = {each.data_ptr(): each.untyped_storage().nbytes() for each in [*model.parameters(), *model.buffers(), batch]}
-    assert predicted.total_bytes == pytest.approx(sum(there.values()) + allocator_peak_bytes(run), rel=TOLERANCE)
+    held = [*model.parameters(), *model.buffers(), batch]
+    there = sum({each.data_ptr(): each.untyped_storage().nbytes() for each in held}.values())
+    assert predicted.total_bytes == pytest.approx(there + allocator_peak_bytes(run), rel=TOLERANCE)
 
 
 def test_a_model_without_memory_gives_the_same_peak_and_stays_as_it_was() -> None:
@@ -233,6 +238,40 @@ def test_attention_on_a_gpu_keeps_no_scores_in_half_precision_and_all_of_them_by
     scores = 4 * 4 * 4 * 256 * 256 * 2  # layers, samples, heads
     assert peaks["auto"] == peaks["flash"]
     assert peaks["math"] - peaks["flash"] >= scores
+
+
+def sharded_peak(precision: str) -> int:
+    """The worst moment of one rank's training steps under torch's own `fully_shard`."""
+    torch.set_num_threads(1)
+    reduced = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if precision == "bf16" else {}
+    model = Language(width=128, layers=6)
+    for unit in [*model.blocks, model]:
+        fully_shard(unit, mp_policy=MixedPrecisionPolicy(**reduced))
+    optimizer, batch = torch.optim.AdamW(model.parameters(), foreach=False), torch.randint(0, 300, (4, 32))
+    held: dict[str, Any] = {}
+    for number in range(3):
+        tracker = AllocationTracker(resizes=True)
+        with tracker if number == 2 else nullcontext():
+            states = [each for state in optimizer.state.values() for each in state.values()]
+            tracker.register("there", [_local(each) for each in [*model.parameters(), *states, *held.values(), batch]])
+            held["outputs"] = model(batch)
+            held["loss"] = held["outputs"].mean()
+            held["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return tracker.peak.total_bytes
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@pytest.mark.parametrize(("precision", "ranks"), [("no", 2), ("bf16", 2), ("no", 3)])
+def test_sharding_peaks_as_fully_shard_does(precision: Any, ranks: int) -> None:
+    options = EstimateOptions(device="cpu", sharding="fsdp", ranks=ranks, mixed_precision=precision)
+    predicted = trace_training(Language(width=128, layers=6), torch.randint(0, 300, (4, 32)), options)
+    for measured in run_ranks(sharded_peak, ranks, precision):
+        assert predicted.total_bytes == pytest.approx(measured, rel=TOLERANCE)
 
 
 @pytest.mark.gpu

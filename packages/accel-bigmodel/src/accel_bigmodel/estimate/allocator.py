@@ -17,7 +17,7 @@ def allocator_peak_bytes(run: Callable[[], object]) -> int:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    results = recorded.profiler.kineto_results  # type: ignore[union-attr]
+    results = recorded.profiler.kineto_results
     events = [each for each in results.events() if each.name() == "[memory]"]
     current = peak = 0
     for each in sorted(events, key=lambda event: event.start_ns()):

@@ -37,8 +37,8 @@ class Peak:
 class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums up the memory of live tensors while it is entered, and remembers the largest sum.
 
-    Register what was made before: it counts once something looks at it, and under no name then. One thread: the one that enters it, and those in which
-    autograd runs its backward.
+    Register what was made before: it counts once something looks at it, and under no name then. One thread: the one
+    that enters it, and those in which autograd runs its backward.
 
     Example::
 
@@ -53,6 +53,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weights: by category, what part of its bytes counts; categories that are not named count in full. With it, the
             same run tells what one of several ranks needs that share some of the memory.
         known: categories of memory by the order in which it is made, of a run like this one; see `order_of`.
+        resizes: whether memory may be resized without an operator, as `fully_shard` does with what it gathers. All that
+            is alive is then looked at again after every operator, which is slow.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         granularity_bytes: int = 1,
         weights: Mapping[str, float] | None = None,
         known: Mapping[int, str] | None = None,
+        resizes: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.moment = ""
@@ -75,6 +78,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.weights = dict(weights or {})
         """By category, what part of its bytes counts."""
         self._known = dict(known or {})
+        self._resizes = resizes
         self._made = 0
         self._live: dict[int, tuple[weakref.ref[Any], str, int, int]] = {}
         self._bytes: Counter[str] = Counter()
@@ -126,6 +130,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self._see(tensor, None)
+        if self._resizes:
+            self._look_again()
         if self._sum() > self._peak[0]:
             self._note(str(func))
         return result
@@ -135,7 +141,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         storage = tensor.untyped_storage()
         key = id(storage)
-        size = -(-storage.nbytes() // self._granularity) * self._granularity
+        size = self._rounded(storage.nbytes())
         known = self._live.get(key)
         if known is None or known[0]() is not storage:
             number, self._made = self._made, self._made + 1
@@ -147,6 +153,16 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bytes[known[1]] -= known[2]
             self._live[key] = (known[0], category, size, known[3])
             self._bytes[category] += size
+
+    def _look_again(self) -> None:
+        for key, (reference, category, size, number) in list(self._live.items()):
+            storage = reference()
+            if storage is not None and (now := self._rounded(storage.nbytes())) != size:
+                self._live[key] = (reference, category, now, number)
+                self._bytes[category] += now - size
+
+    def _rounded(self, size_bytes: int) -> int:
+        return -(-size_bytes // self._granularity) * self._granularity
 
     def _counts(self, tensor: torch.Tensor) -> bool:
         if tensor.layout != torch.strided:
