@@ -165,9 +165,11 @@ def test_no_more_than_one_tensor_is_held(backend: Rounding, original: Language, 
 def test_the_result_lives_without_its_file(backend: Rounding, folder: Path) -> None:
     model = quantize(empty(), folder)
     before = {key: each.clone() for key, each in model.state_dict().items()}
-    with (folder / "model.safetensors").open("r+b") as stream:
-        stream.seek(-40, 2)
-        stream.write(b"\0" * 40)
+    file = folder / "model.safetensors"
+    begin = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    with file.open("r+b") as stream:
+        stream.seek(begin)
+        stream.write(b"\0" * (file.stat().st_size - begin))
     for key, each in model.state_dict().items():
         assert torch.equal(each, before[key]), key
 
@@ -249,6 +251,30 @@ def test_a_layer_that_is_refused_changes_nothing(backend: Rounding, tmp_path: Pa
         quantize(model)
     assert model[0] is first
     assert backend.given == []
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with init_empty_weights():
+        model = nn.Sequential(nn.Linear(6, 13), nn.Linear(13, 6), nn.ReLU())
+    with pytest.raises(ConfigError, match="'1' has 13 inputs"):
+        quantize(model, tmp_path)
+    assert all(each.device.type == "meta" for each in model.parameters())
+
+
+def test_what_may_be_missing_keeps_its_values_and_needs_no_gradient(backend: Rounding, folder: Path) -> None:
+    class Larger(Language):
+        _keys_to_ignore_on_load_missing = ("extra",)
+        _keys_to_ignore_on_load_unexpected = ("count",)
+
+    model = Larger()
+    model.extra = nn.Parameter(torch.full((2,), 7.0))
+    del model.count
+    quantize(model, folder)
+    assert model.extra.tolist() == [7.0, 7.0]
+    assert not model.extra.requires_grad
+    with init_empty_weights():
+        model = Larger()
+        model.extra = nn.Parameter(torch.ones(2))
+    with pytest.raises(CheckpointError, match="not in it: `extra`"):
+        quantize(model, folder)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "balanced", "balanced_low_0", "sequential"])
