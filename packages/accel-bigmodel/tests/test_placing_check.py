@@ -87,13 +87,11 @@ def test_what_may_be_split_is_what_the_user_says() -> None:
     split: dict[str, int | str | torch.device] = {"": 0, "blocks.1.linear1": 1}
     check_device_map(model(), split, no_split_module_classes=[])
     with pytest.raises(ConfigError, match="a Linear is not split"):
-        check_device_map(
-            model(), {"": 0, "blocks.1.linear1.bias": 1}, no_split_module_classes=[]
-        )
+        check_device_map(model(), {"": 0, "blocks.1.linear1.bias": 1}, no_split_module_classes=[])
 
 
 def test_ties_that_are_torn() -> None:
-    with pytest.raises(ConfigError, match="`embed.weight` on 0, `head.weight` on 'cpu', but these are one tensor"):
+    with pytest.raises(ConfigError, match=r"`embed.weight` on 0, `head.weight` on 'cpu', but these are one tensor"):
         check_device_map(model(tied=True), WHOLE)
     with pytest.raises(ConfigError, match="these are one tensor"):
         check_device_map(model(), WHOLE, tied_parameters=[["embed.weight", "head.weight"]])
@@ -118,5 +116,5 @@ def test_budgets_that_are_exceeded() -> None:
 def test_the_main_device_has_to_compute() -> None:
     check_device_map(model(), {"": "cpu"}, main_device=0)
     check_device_map(model(), {"": "disk"}, main_device="cpu")
-    with pytest.raises(ConfigError, match="beside accelerators it only keeps weights.*Use one of 0, 1"):
+    with pytest.raises(ConfigError, match=r"beside accelerators it only keeps weights.*Use one of 0, 1"):
         check_device_map(model(), WHOLE, main_device="cpu")

@@ -85,8 +85,8 @@ def test_classes_given_take_the_place_of_those_found() -> None:
     assert "blocks.0.up" in names
     names = [layer.name for layer in census(language(2), no_split_module_classes="LayerNorm").layers]
     assert names.count("blocks.0.norm") == 1
-    with pytest.raises(ConfigError, match="No module of `Language` that is called has the class `ModuleList`"):
-        census(language(2), no_split_module_classes="ModuleList")
+    names = [layer.name for layer in census(language(2), no_split_module_classes="ModuleList").layers]
+    assert "blocks.0.up" in names, "nobody calls a list, so it is no unit"
     with pytest.raises(ConfigError, match=r"names 'Blok'.*Did you mean 'Block'\?"):
         census(language(2), no_split_module_classes=["Blok"])
 
@@ -242,7 +242,7 @@ def test_sizes_as_users_write_them(size: int | str, expected: int) -> None:
 
 @pytest.mark.parametrize("size", [-1, True, "8Gb", "8 Q", "GB", "", None, 1.5])
 def test_sizes_that_are_none(size: Any) -> None:
-    with pytest.raises(ConfigError, match="is no size in bytes.*'20GiB'"):
+    with pytest.raises(ConfigError, match=r"is no size in bytes.*'20GiB'"):
         get_max_memory({0: size})
 
 

@@ -124,7 +124,7 @@ def test_balanced_fills_the_fullest_device_as_little_as_any_placement_that_strea
     budgets: dict[int | str, int] = dict.fromkeys(range(num_devices), 1 << 20)
     problem = Problem(chain, {**budgets, "cpu": 1 << 20})
     for strategy in ("balanced", "auto"):
-        found = search(problem, strategy)  # type: ignore[arg-type]
+        found = search(problem, strategy)
         assert found is not None
         prediction = evaluate(problem, found)
         least = min(each.largest_share for each in fitting(problem) if not each.streamed_bytes)
@@ -207,7 +207,7 @@ def test_what_is_behind_a_unit_too_large_for_every_device_may_still_be_resident(
     chain = build([(32, 0, 0), (128, 0, 0), (32, 0, 0)])
     budgets: dict[int | str, int] = {"cpu": 3 * 1024}
     for strategy in ("auto", "balanced"):
-        plan = plan_device_map(chain, budgets, strategy=strategy, around_large=False)  # type: ignore[arg-type]
+        plan = plan_device_map(chain, budgets, strategy=strategy, around_large=False)
         assert list(plan.device_map(clean=False).values()) == ["cpu", "disk", "cpu"]
     plan = plan_device_map(chain, budgets, strategy="sequential", around_large=False)
     assert list(plan.device_map(clean=False).values()) == ["cpu", "disk", "disk"]

@@ -73,9 +73,7 @@ def _explain(options: argparse.Namespace) -> Explanation:
     from accel_bigmodel.placing import Explanation
 
     _check_options(options)
-    found = describe_model(
-        options.model, model_class=options.model_class, trust_remote_code=options.trust_remote_code
-    )
+    found = describe_model(options.model, model_class=options.model_class, trust_remote_code=options.trust_remote_code)
     workload = _workload(options)
     plan = _plan(found, options, workload)
     return Explanation(plan=plan, title=found.title, notes=tuple(_notes(found, plan, workload)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from accel_state.blocks import find_blocks, outermost
 from accel_state.config import did_you_mean
 from accel_state.errors import ConfigError
 
-__all__ = ["census", "census_of_headers", "unsplit_modules"]
+__all__ = ["census", "census_of_headers", "class_names"]
 
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _EMBEDDING_NAMES = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared)([._]|$)")
@@ -44,14 +45,13 @@ def census(
     Raises:
         ConfigError: for a class or a tensor that the model does not have.
     """
-    blocks = {id(module) for _, module in unsplit_modules(model, no_split_module_classes)}
     ties = [tuple(group) for group in tied_parameters or ()]
     if special_dtypes or ties:
         _check_names(model, special_dtypes or {}, ties)
     builder = ChainBuilder(
         dtype=dtype, special_dtypes=special_dtypes, tied_names=ties, expert_share=_expert_share(model)
     )
-    _visit(builder, model, "", blocks)
+    _Walk(builder, _unsplit(model, no_split_module_classes)).visit(model, "")
     chain = builder.finish()
     if not chain.layers:
         raise ConfigError(
@@ -60,23 +60,56 @@ def census(
     return chain
 
 
-def unsplit_modules(model: nn.Module, classes: Iterable[str] | str | None) -> list[tuple[str, nn.Module]]:
-    """The outermost modules that stay whole, with their names."""
+@dataclass(frozen=True, slots=True)
+class _Unsplit:
+    """Which modules stay whole: those of some classes, or single ones."""
+
+    classes: frozenset[str] = frozenset()
+    modules: frozenset[int] = frozenset()
+
+
+def _unsplit(model: nn.Module, classes: Iterable[str] | str | None) -> _Unsplit:
+    present, listed = _classes_and_lists(model)
     if classes is None:
-        return outermost(find_blocks(model))
+        if listed:
+            return _Unsplit(classes=frozenset(listed))
+        return _Unsplit(modules=frozenset(id(module) for _, module in outermost(find_blocks(model))))
     wanted = [classes] if isinstance(classes, str) else list(classes)
-    present = {each.__name__ for module in model.modules() for each in type(module).__mro__}
-    # A library's list names classes for all variants of a model, and one variant need not have them all.
-    listed = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    known = {name for each in present for name in class_names(each)}
     for name in wanted:
-        if name not in present | listed:
+        # A library's list names classes for all variants of a model, and one variant need not have them all.
+        if name not in known | listed:
             raise ConfigError(
                 f"`no_split_module_classes` names {name!r}, but no module of the {type(model).__name__} has that "
-                f"class.{did_you_mean(str(name), sorted(present))} Give classes of its modules, or leave them out to "
+                f"class.{did_you_mean(str(name), sorted(known))} Give classes of its modules, or leave them out to "
                 f"have them found."
             )
-    found = [name for name in wanted if name in present and name not in _own_classes(model)]
-    return outermost(find_blocks(model, classes=found)) if found else []
+    return _Unsplit(classes=frozenset(wanted))
+
+
+def _classes_and_lists(model: nn.Module) -> tuple[set[type[nn.Module]], set[str]]:
+    """Classes of all modules, and the names that these list as not to be split."""
+    present: set[type[nn.Module]] = set()
+    listed: set[str] = set()
+    left, seen = [model], {id(model)}
+    while left:
+        module = left.pop()
+        present.add(type(module))
+        # Asked of the instance's own dictionary and below of its class: modules look for what they lack for long.
+        listed.update(module.__dict__.get("_no_split_modules") or ())
+        for part in module._modules.values():
+            if part is not None and id(part) not in seen:
+                seen.add(id(part))
+                left.append(part)
+    for kind in present:
+        listed.update(getattr(kind, "_no_split_modules", None) or ())
+    return present, listed
+
+
+def class_names(kind: type[nn.Module]) -> list[str]:
+    """Names of a class and of those it derives from, up to modules at large."""
+    line = kind.__mro__
+    return [each.__name__ for each in line[: line.index(nn.Module)]]
 
 
 def census_of_headers(stored: Mapping[str, StoredTensor], *, dtype: torch.dtype | str | None = None) -> Chain:
@@ -112,53 +145,56 @@ def _order(key: tuple[str, bool]) -> tuple[int, tuple[tuple[int, int, str], ...]
     return kind, tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("."))
 
 
-def _visit(builder: ChainBuilder, module: nn.Module, prefix: str, blocks: set[int]) -> None:
-    is_block = id(module) in blocks
-    parts = [(name, part) for name, part in module._modules.items() if part is not None]
-    if prefix and (is_block or not parts):
-        if not parts and not is_block and type(module).forward is nn.Module.forward and not _has_own_tensors(module):
-            return  # an empty list is no layer
-        _collect(builder, module, prefix + ".", is_expert=False)
-        lookup = isinstance(module, _LOOKUPS)
-        builder.end_layer(prefix, type(module).__name__, is_block=is_block, is_lookup=lookup)
-        return
-    dotted = f"{prefix}." if prefix else ""
-    for name, tensor, is_buffer in _own_tensors(module):
-        _add(builder, dotted + name, tensor, is_buffer=is_buffer, is_expert=False)
-        builder.end_layer(dotted + name, "Buffer" if is_buffer else "Parameter")
-    for name, part in parts:
-        _visit(builder, part, dotted + name, blocks)
+class _Walk:
+    """Goes through a model in the order in which its parts were defined, and hands over layers."""
 
+    def __init__(self, builder: ChainBuilder, unsplit: _Unsplit) -> None:
+        self.builder = builder
+        self.unsplit = unsplit
+        self.is_unsplit: dict[type[nn.Module], bool] = {}
 
-def _collect(builder: ChainBuilder, module: nn.Module, dotted: str, *, is_expert: bool) -> None:
-    for name, tensor, is_buffer in _own_tensors(module):
-        _add(builder, dotted + name, tensor, is_buffer=is_buffer, is_expert=is_expert)
-    for name, part in module._modules.items():
-        if part is not None:
-            _collect(builder, part, f"{dotted}{name}.", is_expert=is_expert or name == "experts")
+    def visit(self, module: nn.Module, prefix: str) -> None:
+        """Hand over the layers of a module."""
+        kind = type(module)
+        is_block = bool(prefix) and (id(module) in self.unsplit.modules or self._stays_whole(kind))
+        if is_block or (prefix and not any(module._modules.values())):
+            if not is_block and kind.forward is nn.Module.forward and not (module._parameters or module._buffers):
+                return  # an empty list is no layer
+            self._collect(module, f"{prefix}.", is_expert=False)
+            self.builder.end_layer(prefix, kind.__name__, is_block=is_block, is_lookup=isinstance(module, _LOOKUPS))
+            return
+        dotted = f"{prefix}." if prefix else ""
+        for tensors, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    self._add(dotted + name, tensor, is_buffer=is_buffer, is_expert=False)
+                    self.builder.end_layer(dotted + name, "Buffer" if is_buffer else "Parameter")
+        for name, part in module._modules.items():
+            if part is not None:
+                self.visit(part, dotted + name)
 
+    def _stays_whole(self, kind: type[nn.Module]) -> bool:
+        found = self.is_unsplit.get(kind)
+        if found is None:
+            called = kind.forward is not nn.Module.forward
+            found = self.is_unsplit[kind] = called and not self.unsplit.classes.isdisjoint(class_names(kind))
+        return found
 
-def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor, bool]]:
-    own: list[tuple[str, torch.Tensor, bool]] = []
-    if module._parameters:
-        own += [(name, each, False) for name, each in module._parameters.items() if each is not None]
-    if module._buffers:
-        own += [(name, each, True) for name, each in module._buffers.items() if each is not None]
-    return own
+    def _collect(self, module: nn.Module, dotted: str, *, is_expert: bool) -> None:
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                self._add(dotted + name, tensor, is_buffer=False, is_expert=is_expert)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                self._add(dotted + name, buffer, is_buffer=True, is_expert=is_expert)
+        for name, part in module._modules.items():
+            if part is not None:
+                self._collect(part, f"{dotted}{name}.", is_expert=is_expert or name == "experts")
 
-
-def _has_own_tensors(module: nn.Module) -> bool:
-    return bool(_own_tensors(module))
-
-
-def _add(builder: ChainBuilder, name: str, tensor: torch.Tensor, *, is_buffer: bool, is_expert: bool) -> None:
-    # A parameter and a buffer on one memory are two tensors; on the meta device they are two objects anyway.
-    identity = id(tensor) if tensor.is_meta else (is_buffer, tensor_identity(tensor))
-    builder.add_tensor(name, identity, tensor.shape, tensor.dtype, is_buffer=is_buffer, is_expert=is_expert)
-
-
-def _own_classes(model: nn.Module) -> set[str]:
-    return {each.__name__ for each in type(model).__mro__}
+    def _add(self, name: str, tensor: torch.Tensor, *, is_buffer: bool, is_expert: bool) -> None:
+        # A parameter and a buffer on one memory are two tensors; on the meta device they are two objects anyway.
+        identity = id(tensor) if tensor.is_meta else (is_buffer, tensor_identity(tensor))
+        self.builder.add_tensor(name, identity, tensor.shape, tensor.dtype, is_buffer=is_buffer, is_expert=is_expert)
 
 
 def _check_names(model: nn.Module, special: Mapping[str, Any], ties: Sequence[Sequence[str]]) -> None:

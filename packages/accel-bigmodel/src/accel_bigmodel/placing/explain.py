@@ -96,7 +96,8 @@ class Explanation:
 
     def shown_uses(self) -> list[PlaceUse]:
         """All places but a disk that is there without limit and not needed."""
-        return [use for use in self.plan.prediction.uses if use.used_bytes or use.layers or use.budget_bytes < UNLIMITED]
+        uses = self.plan.prediction.uses
+        return [use for use in uses if use.used_bytes or use.layers or use.budget_bytes < UNLIMITED]
 
     def rows(self) -> list[tuple[str, ...]]:
         """Heads and cells of the table."""

@@ -118,8 +118,7 @@ def _check_main(budgets: Mapping[int | str, int], main: int | str | None) -> Non
     if main is not None and main not in computing:
         why = "it only keeps weights beside accelerators" if main == "cpu" else "`max_memory` does not offer it"
         raise ConfigError(
-            f"`main_device={main!r}` cannot run what is streamed: {why}. Use one of "
-            f"{', '.join(map(repr, computing))}."
+            f"`main_device={main!r}` cannot run what is streamed: {why}. Use one of {', '.join(map(repr, computing))}."
         )
 
 
@@ -146,7 +145,7 @@ def _refuse(problem: Problem) -> NoReturn:
     """Say what does not fit, the narrowest reason first."""
     widest = max(range(problem.num_computing), key=lambda each: problem.budgets[each])
     _refuse_layer(problem, widest)
-    _refuse_room(problem, widest)
+    _refuse_room(problem)
     chain = problem.chain
     offered = sum(problem.budgets)
     running = sum(problem.kv)
@@ -182,7 +181,7 @@ def _refuse_layer(problem: Problem, widest: int) -> None:
         )
 
 
-def _refuse_room(problem: Problem, widest: int) -> None:
+def _refuse_room(problem: Problem) -> None:
     """Streaming, or what runs, takes more of the main device than there is."""
     main, everything = problem.main, range(len(problem.resident))
     parts = {

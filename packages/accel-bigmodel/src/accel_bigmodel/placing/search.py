@@ -82,9 +82,7 @@ class _Search:
         self.activations = [problem.activations[unit] for unit in self.order]
         self.has_activations = any(self.activations)
         self.sums = [0, *accumulate(problem.resident[unit] + problem.kv[unit] for unit in self.order)]
-        self.times = [
-            [0.0, *accumulate(problem.seconds[place][unit] for unit in self.order)] for place in range(count)
-        ]
+        self.times = [[0.0, *accumulate(problem.seconds[place][unit] for unit in self.order)] for place in range(count)]
         quickest = [min(problem.seconds[place][unit] for place in range(count)) for unit in self.order]
         self.quickest = [0.0, *accumulate(quickest)]
         self.large_time = sum(problem.seconds[problem.main][unit] for unit in self.large)

@@ -133,5 +133,3 @@ def _check_positive(settings: DeviceSpeed | Machine, *names: str) -> None:
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"`{name}={value!r}` is no speed. Give a positive number.")
-
-
