@@ -192,6 +192,18 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         assert torch.equal(model(TOKENS)["logits"], expected())
 
 
+def test_what_is_trained_stays_on_the_device(devices: Stands) -> None:
+    model = make().requires_grad_(False)
+    model.layers[2][0].bias.requires_grad_(True)
+    dispatch(model, {"": "cpu"}, devices, main_device=0)
+    assert [name for name, each in model.named_parameters() if each.device.type != "meta"] == ["layers.2.0.bias"]
+    with devices.fake[0].watch():
+        model(TOKENS)["logits"].sum().backward()
+    reference = make()
+    reference(TOKENS)["logits"].sum().backward()
+    assert torch.equal(model.layers[2][0].bias.grad, reference.layers[2][0].bias.grad)
+
+
 def test_one_device_and_no_hooks(devices: Stands) -> None:
     model = dispatch(make(), {"": 0}, devices)
     assert all(not module._forward_pre_hooks for module in model.modules())

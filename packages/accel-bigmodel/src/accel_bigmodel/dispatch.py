@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from accel_bigmodel.offload.alignment import align
-from accel_bigmodel.offload.division import HeldTensor, group_tensors
+from accel_bigmodel.offload.division import HeldTensor, group_tensors, travelling
 from accel_bigmodel.offload.folder import OffloadFile
 from accel_bigmodel.offload.in_place import place_on_host
 from accel_bigmodel.offload.offloading import place_on_device, refuse_offloaded, resolve_device, to_disk
@@ -57,8 +57,9 @@ def dispatch_model(
     """Spread `model` over devices as `device_map` says.
 
     What is on a device computes there, and inputs are brought to it. What is on ``"cpu"`` or ``"disk"`` computes on the
-    main device, and its blocks are brought there just before their forwards, ahead of time. Where the main device is
-    the CPU itself, ``"cpu"`` is simply where the weights are, and ``"disk"`` means files that are mapped.
+    main device, and its blocks are brought there just before their forwards, ahead of time; see `cpu_offload`. Where
+    the main device is the CPU itself, ``"cpu"`` is simply where the weights are, and ``"disk"`` means files that are
+    mapped.
 
     Args:
         model: changed in place. Its ``hf_device_map`` says what was done.
@@ -148,11 +149,12 @@ def _is_host(place: Place) -> bool:
 def _parts(
     tensors: list[HeldTensor], device_map: Mapping[str, Place], *, offload_buffers: bool, main: Place
 ) -> dict[Place, list[HeldTensor]]:
-    """What lies where. Buffers of what is on the host lie on the main device, unless they are offloaded too."""
+    """What lies where. What does not travel, see `travelling`, lies on the main device if its module is on the host."""
     found: dict[Place, list[HeldTensor]] = {}
+    travel = set(travelling(tensors, offload_buffers=offload_buffers))
     for tensor in tensors:
         place = _place_of(tensor.name, device_map)
-        if _is_host(place) and not offload_buffers and not tensor.places[0].is_parameter:
+        if _is_host(place) and tensor not in travel:
             place = main
         found.setdefault("cpu" if place != "disk" and _is_host(place) else place, []).append(tensor)
     return found

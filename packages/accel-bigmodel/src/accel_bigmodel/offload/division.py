@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +13,10 @@ from accel_bigmodel.tied import tensor_identity
 from accel_state.blocks import find_blocks, outermost
 from accel_state.errors import ConfigError
 
-__all__ = ["Group", "divide", "group_tensors"]
+__all__ = ["Group", "HeldTensor", "divide", "group_tensors", "travelling"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class HeldTensor:
     """One tensor with all modules that hold it."""
 
@@ -45,6 +45,19 @@ def group_tensors(model: nn.Module) -> list[HeldTensor]:
         held.places.append(place)
         held.names.append(name)
     return list(found.values())
+
+
+def travelling(tensors: Sequence[HeldTensor], *, offload_buffers: bool) -> list[HeldTensor]:
+    """Those of a model's `tensors` that may leave the device between forwards.
+
+    Buffers stay unless they are asked for, as they are small. What is trained stays: parameters that require gradients
+    in a model that has others which do not, such as adapters. Where all of them do, as in a model that was just made or
+    loaded, nobody said that it is to be trained, and all travel.
+    """
+    parameters = [each for each in tensors if each.places[0].is_parameter]
+    frozen = [each for each in parameters if not each.value.requires_grad]
+    travels = frozen or parameters
+    return [each for each in tensors if each in travels or (offload_buffers and each not in parameters)]
 
 
 def divide(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from accel_bigmodel.offload.alignment import align, unalign
-from accel_bigmodel.offload.division import HeldTensor, group_tensors
+from accel_bigmodel.offload.division import HeldTensor, group_tensors, travelling
 from accel_bigmodel.offload.folder import OffloadFile
 from accel_bigmodel.offload.hooks import detach, units_of
 from accel_bigmodel.offload.in_place import place_on_host
@@ -38,7 +38,8 @@ def cpu_offload(
     """Keep the weights of `model` in host memory, and bring each block to the device just before its forward.
 
     While a block computes, the ones that follow are on their way. What the model computes is the same as if it were on
-    the device. Outputs are on the device of the inputs.
+    the device. Outputs are on the device of the inputs. Parameters that require gradients, in a model where others are
+    frozen, are trained and stay on the device, so adapters can be trained; the graph of a forward keeps no weights.
 
     Args:
         model: changed in place. Its weights move to pinned memory; parameters are on the meta device between forwards.
@@ -112,7 +113,7 @@ def _offload(
 ) -> M:
     refuse_offloaded(model)
     tensors = group_tensors(model)
-    moved = [each for each in tensors if offload_buffers or each.places[0].is_parameter]
+    moved = travelling(tensors, offload_buffers=offload_buffers)
     kept = [each for each in tensors if each not in moved]
     file = None
     if folder is not None:
