@@ -61,7 +61,7 @@ class Filling:
         self._names = {each.name: each.names for each in tensors}
         self._saved = [each.name for each in tensors if each.is_saved]
         self._computed = [each.name for each in tensors if not each.is_saved]
-        self._empty = [each.name for each in tensors if each.tensor.device.type == "meta"]
+        self._empty = {each.name: None for each in tensors if each.tensor.device.type == "meta"}
 
     def from_model(self) -> None:
         """Quantize and cast the values that the model has.
@@ -71,7 +71,7 @@ class Filling:
         """
         if self._empty:
             raise ConfigError(
-                f"{self._empty[0]!r} and {len(self._empty) - 1} more tensors of the model are on the meta device and "
+                f"{next(iter(self._empty))!r} and {len(self._empty) - 1} more tensors of the model are on the meta device and "
                 f"have no values to quantize. Give the checkpoint they are in as `weights_location`."
             )
         for name in self._saved:
@@ -103,8 +103,9 @@ class Filling:
 
     def _match(self, sources: Mapping[str, Source], before: frozenset[str], path: Path) -> Mapping[str, Sequence[Part]]:
         tensors = [
-            ModelTensor(self._names[name], self._tensor(name), name in self._saved)
-            for name in [*self._saved, *self._computed]
+            ModelTensor(self._names[name], self._tensor(name), is_saved)
+            for names, is_saved in ((self._saved, True), (self._computed, False))
+            for name in names
             if name.removesuffix(".weight") not in before
         ]
         found = match(self._model, tensors, sources, strict=False, path=path)
