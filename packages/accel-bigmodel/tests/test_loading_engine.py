@@ -145,6 +145,15 @@ def test_a_part_of_a_tensor_goes_to_a_part_of_another(
     assert read <= (rows[1] - rows[0]) * 5 * 300 * 4, "rows that nobody wants were read"
 
 
+def test_rows_that_nobody_wants_are_not_read(tmp_path: Path) -> None:
+    source = stored_file(tmp_path, {"x": torch.arange(70.0).reshape(7, 10)})["x"]
+    memory = torch.zeros(2, 10)
+    with Progress(0, shown=False) as progress:
+        read = deliver([Delivery(source, ((3, 5), (0, 10)), memory)], ReadSettings(), progress=progress)
+    assert read == 2 * 10 * 4
+    assert memory[0, 0].item() == 30.0
+
+
 def test_one_failing_thread_ends_the_others_and_is_told(tmp_path: Path) -> None:
     stored = stored_file(tmp_path, {f"t{number}": torch.randn(5000) for number in range(20)})
     path = stored["t0"].path

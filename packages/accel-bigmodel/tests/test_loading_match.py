@@ -117,6 +117,16 @@ def test_only_five_names_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
         load_checkpoint_in_model(nn.Sequential(*(nn.Linear(1, 1) for _ in range(8))), tmp_path)
 
 
+@pytest.mark.parametrize("device_map", [{"": "cpu", "embed": "disk"}, {"": "disk", "head": "cpu"}])
+def test_a_tied_parameter_with_two_places_is_where_it_can_be_used_at_once(
+    tmp_path: Path, device_map: dict[str, str]
+) -> None:
+    model = empty()
+    result = load_checkpoint_in_model(model, write(tmp_path, state()), device_map)
+    assert result.places["embed.weight"] == result.places["head.weight"] == torch.device("cpu")
+    assert model.head.weight is model.embed.weight
+
+
 class Outer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -104,6 +104,7 @@ def on_disk(folder: Path) -> dict[str, Any]:
         pytest.param(False, lambda _: {}, MODEL_BYTES, id="as stored"),
         pytest.param(False, lambda _: {"dtype": "bf16"}, MODEL_BYTES // 2, id="converted"),
         pytest.param(True, lambda _: {}, 0, id="in place"),
+        pytest.param(False, lambda _: {"mmap": True}, 0, id="mapped"),
         pytest.param(False, on_disk, 0, id="converted on disk"),
         pytest.param(True, lambda _: {"dtype": "float64"}, MODEL_BYTES, id="larger, the old let go of"),
     ],

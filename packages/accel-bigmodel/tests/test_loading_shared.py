@@ -119,6 +119,8 @@ def fail(path: str, case: str) -> str:
         arguments["device_map"] = {"0": "cpu"}
     if case == "disk":
         arguments["device_map"] = {"": "disk"}
+    if case == "mmap":
+        arguments["mmap"] = True
     if case == "shape" and rank() == 1:
         model[1] = nn.Linear(50, 49)
     if case == "cut" and rank() == 1:
@@ -143,6 +145,7 @@ def fail(path: str, case: str) -> str:
         ("missing", "CheckpointError: There is no file", "Rank 0 could not load its part, .*There is no file"),
         ("map", "Rank 1 could not load its part, so no rank has", "ConfigError: `device_map` says nothing of 6"),
         ("disk", "ConfigError: `device_map` keeps 8 tensors on disk", "ConfigError: `device_map` keeps 8 tensors"),
+        ("mmap", "ConfigError: `mmap=True` has each rank map", "ConfigError: `mmap=True` has each rank map"),
         ("shape", "Rank 1 could not load.*another shape", r"CheckpointError: .*\[49, 50\] in the model"),
         ("cut", "Rank 1 could not load its part.*Input/output error", r"OSError: \[Errno 5\]"),
     ],

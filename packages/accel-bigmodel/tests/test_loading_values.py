@@ -156,6 +156,38 @@ def test_sizes_without_elements_and_without_dims_are_loaded(tmp_path: Path) -> N
     assert other.one.dtype == torch.float64
 
 
+# Mapped in place.
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_files_become_the_memory_where_that_is_asked_for(
+    checkpoint: Path, saved: dict[str, torch.Tensor], pickled: bool
+) -> None:
+    path = checkpoint
+    if pickled:
+        path = checkpoint / "x.bin"
+        torch.save(saved, path)
+    model = empty()
+    result = load_checkpoint_in_model(model, path, mmap=True)
+    assert same(model, saved)
+    in_place = {name for name, _ in model.named_buffers()}
+    assert result.bytes_read == sum(saved[name].nbytes for name in in_place), "more than buffers was read"
+    assert result.bytes_by_place == {torch.device("cpu"): sum(each.nbytes for each in saved.values())}
+    torch.optim.SGD(model.parameters(), 0.1).zero_grad()
+    model[0](torch.randn(2, 70)).sum().backward()
+    with torch.no_grad():
+        model[0].linear.weight.zero_()
+    again = empty()
+    load_checkpoint_in_model(again, path)
+    assert same(again, saved), "writing to the model changed the file"
+
+
+@pytest.mark.parametrize(("model", "arguments"), [(empty, {"dtype": "bf16"}), (make, {})])
+def test_mapping_where_nothing_can_be_is_refused(checkpoint: Path, model: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="`mmap=True` gives tensors the file as their memory, and none of the 16"):
+        load_checkpoint_in_model(model(), checkpoint, mmap=True, **arguments)
+
+
 # What stays on disk.
 
 

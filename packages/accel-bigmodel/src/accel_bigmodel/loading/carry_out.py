@@ -20,6 +20,7 @@ from accel_bigmodel.loading.place import DISK, Place
 from accel_bigmodel.loading.plan import LoadOptions, LoadPlan, PlannedTensor
 from accel_bigmodel.loading.result import LoadedCheckpoint
 from accel_bigmodel.stored import StoredTensor, read_file_header
+from accel_state.errors import ConfigError
 from accel_state.tensor_format import TensorShape
 
 __all__ = ["Prepared", "carry_out", "install", "make_room"]
@@ -33,20 +34,31 @@ class Prepared:
     """Tensors of the model, and the memory that is to become theirs."""
 
     memory: list[tuple[PlannedTensor, torch.Tensor]]
+    """To be filled."""
+    mapped: list[tuple[PlannedTensor, torch.Tensor]]
+    """Whose memory is a file, and has its values."""
 
     def deliveries(self) -> list[Delivery]:
         """What fills it."""
         return [delivery for each, memory in self.memory for delivery in each.deliveries(memory)]
 
 
-def make_room(model: nn.Module, plan: LoadPlan) -> Prepared:
+def make_room(model: nn.Module, plan: LoadPlan, *, mmap: bool = False) -> Prepared:
     """Memory for all that goes to a device. Values that would be overwritten elsewhere are let go of before.
 
     Raises:
-        ConfigError: if there is not enough.
+        ConfigError: if there is not enough, or `mmap` is wanted and nothing can be mapped.
     """
-    new = [each for each in plan.in_memory if not each.stays]
-    for each in new:
+    mapped = [(each, memory) for each in plan.in_memory if mmap and (memory := each.mapped()) is not None]
+    if mmap and not mapped and plan.in_memory:
+        raise ConfigError(
+            f"`mmap=True` gives tensors the file as their memory, and none of the {len(plan.in_memory)} that are "
+            f"loaded can have it: they go to an accelerator, to another dtype than is stored, or have memory already. "
+            f"Leave it out; for another dtype, give `dtype='auto'`."
+        )
+    done = {each.of.name for each, _ in mapped}
+    new = [each for each in plan.in_memory if not each.stays and each.of.name not in done]
+    for each in [*new, *(each for each, _ in mapped)]:
         _let_go(model, each)
     wanted: list[tuple[str, tuple[int, ...], torch.dtype, torch.device]] = []
     for each in new:
@@ -54,7 +66,8 @@ def make_room(model: nn.Module, plan: LoadPlan) -> Prepared:
         wanted.append((each.of.name, tuple(each.of.tensor.shape), each.dtype, each.place))
     return Prepared(
         [(each, each.of.tensor) for each in plan.in_memory if each.stays]
-        + list(zip(new, allocate(wanted), strict=True))
+        + list(zip(new, allocate(wanted), strict=True)),
+        mapped,
     )
 
 
@@ -76,7 +89,7 @@ def carry_out(model: nn.Module, plan: LoadPlan, options: LoadOptions, read: Read
     stored, pending = _on_disk(plan, options)
     with ExitStack() as stack:
         file = None if pending is None else stack.enter_context(pending.open())
-        prepared = make_room(model, plan)
+        prepared = make_room(model, plan, mmap=options.mmap)
         deliveries = prepared.deliveries()
         if pending is not None and file is not None:
             deliveries += pending.deliveries(file)
@@ -98,7 +111,7 @@ def install(
     bytes_written: int,
 ) -> LoadedCheckpoint:
     """Give the model what was loaded."""
-    for each, memory in prepared.memory:
+    for each, memory in [*prepared.memory, *prepared.mapped]:
         if not each.stays:
             put(model, each.of.names, like(each.of.tensor, memory))
     sizes: Counter[Place] = Counter()

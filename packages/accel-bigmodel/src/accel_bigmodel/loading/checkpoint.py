@@ -39,6 +39,7 @@ def load_checkpoint_in_model(
     full_state_dict: bool = True,
     broadcast_from_rank0: bool = False,
     *,
+    mmap: bool = False,
     progress: bool | None = None,
     reading: ReadSettings | None = None,
 ) -> LoadedCheckpoint:
@@ -72,6 +73,9 @@ def load_checkpoint_in_model(
         full_state_dict: checkpoints that each rank saved a part of are refused; see `Accelerator.load_state`.
         broadcast_from_rank0: every rank must then call this. Only ranks on the node of rank 0 read, each another part,
             and send it to all; others need not see the files. Every rank may have a map of its own.
+        mmap: whether files become the memory of what goes to the CPU in the dtype that is stored. Then nothing is read
+            before it is used, and processes share one copy; but the files must not change as long as the model lives,
+            and what is written to it gets memory of its own. Memory that a parameter has already is filled either way.
         progress: whether a bar is shown. By default only where loading takes more than two seconds.
         reading: how many threads read how much at once.
 
@@ -90,6 +94,7 @@ def load_checkpoint_in_model(
         offload_buffers=offload_buffers,
         keep_in_fp32_modules=_as_names(keep_in_fp32_modules),
         strict=strict,
+        mmap=mmap,
         progress=progress,
         reading=reading or ReadSettings(),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,8 +20,11 @@ from accel_state.errors import ConfigError
 __all__ = ["load_checkpoint_and_dispatch"]
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 def load_checkpoint_and_dispatch(
-    model: nn.Module,
+    model: M,
     checkpoint: str | Path,
     device_map: DeviceMap | int | str | torch.device | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -37,9 +40,10 @@ def load_checkpoint_and_dispatch(
     full_state_dict: bool = True,
     broadcast_from_rank0: bool = False,
     *,
+    mmap: bool = False,
     progress: bool | None = None,
     reading: ReadSettings | None = None,
-) -> nn.Module:
+) -> M:
     """Fill `model` from a checkpoint and make it run wherever its parts lie. Returns `model`.
 
     Joins `infer_auto_device_map`, `load_checkpoint_in_model` and `dispatch_model`; what they say holds here. Weights on
@@ -62,6 +66,7 @@ def load_checkpoint_and_dispatch(
         strict: as for `load_checkpoint_in_model`.
         full_state_dict: likewise.
         broadcast_from_rank0: likewise.
+        mmap: likewise.
         progress: likewise.
         reading: likewise.
 
@@ -92,6 +97,7 @@ def load_checkpoint_and_dispatch(
         offload_buffers=offload_buffers,
         strict=strict,
         broadcast_from_rank0=broadcast_from_rank0,
+        mmap=mmap,
         progress=progress,
         reading=reading,
     )
@@ -99,10 +105,9 @@ def load_checkpoint_and_dispatch(
         return model
     from accel_bigmodel.dispatch import dispatch_model  # here: loading alone needs none of what streams
 
-    dispatched: nn.Module = dispatch_model(
+    return dispatch_model(
         model, dict(device_map), offload_index=dict(result.stored), offload_buffers=offload_buffers, **settings
     )
-    return dispatched
 
 
 def _infer(

@@ -18,7 +18,7 @@ from accel_bigmodel.loading.memory import check_plain
 from accel_bigmodel.loading.model_tensor import ModelTensor, model_tensors
 from accel_bigmodel.loading.place import DISK, DeviceMap, DTypeRule, Place, places_of
 from accel_bigmodel.loading.source import Source
-from accel_bigmodel.stored import StoredTensor
+from accel_bigmodel.stored import StoredTensor, map_tensor
 from accel_state.errors import CheckpointError, ConfigError
 
 __all__ = ["LoadOptions", "LoadPlan", "PlannedTensor", "plan_load"]
@@ -40,6 +40,8 @@ class LoadOptions:
     """Parts of names that stay in float32."""
     strict: bool = True
     """Whether both sides must have the same names."""
+    mmap: bool = False
+    """Whether files become the memory of what goes to the CPU as it is stored."""
     progress: bool | None = None
     """Whether a bar is shown; ``None``: where it takes long."""
     reading: ReadSettings = field(default_factory=ReadSettings)
@@ -68,6 +70,15 @@ class PlannedTensor:
         """Whether the model's tensor has the memory already that is to be filled."""
         tensor = self.of.tensor
         return tensor.device == self.place and (tensor.dtype == self.dtype or isinstance(tensor, DTensor))
+
+    def mapped(self) -> torch.Tensor | None:
+        """The tensor with its file as memory, if it is to be on the CPU as it is stored and has no memory yet."""
+        source, part = self.parts[0]
+        if self.place != torch.device("cpu") or self.stays or len(self.parts) > 1 or part.place:
+            return None
+        if source.dtype != self.dtype:
+            return None
+        return map_tensor(source) if isinstance(source, StoredTensor) else source.tensor
 
     def deliveries(self, memory: torch.Tensor) -> Iterable[Delivery]:
         """What fills `memory`, which is its own or is to become so."""

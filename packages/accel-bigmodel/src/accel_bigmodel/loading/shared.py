@@ -155,6 +155,11 @@ def _plan(model: nn.Module, view: _View, options: LoadOptions, path: Path, proce
             f"`broadcast_from_rank0=True` is for ranks that may not see the files. Map all to devices, or load without "
             f"it: then each rank reads what it needs."
         )
+    if options.mmap:
+        raise ConfigError(
+            "`mmap=True` has each rank map the files, and `broadcast_from_rank0=True` is for ranks that may not see "
+            "them. Give one of the two; ranks of a node that map a file share its memory."
+        )
     if options.strict and process.topology.is_main:
         check_doubled(plan.match, view.sources, options.reading)
     return plan
