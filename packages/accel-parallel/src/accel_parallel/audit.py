@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from accel_parallel.sharded import is_sharded
 from accel_state.errors import ConfigError
 
-__all__ = ["audit_model", "audit_optimizer"]
+__all__ = ["audit_model", "audit_optimizer", "is_spread"]
 
 
 _WRAPPERS = {
@@ -34,6 +34,7 @@ def audit_model(
     prepared: Iterable[nn.Module],
     meta_is_filled: bool = False,
     is_exchanged: bool = False,
+    may_be_spread: bool = False,
 ) -> None:
     """Refuse a model that is prepared already or holds parameters or buffers without data.
 
@@ -42,6 +43,7 @@ def audit_model(
         name: what to call it.
         prepared: all models that are prepared, as they were given and as they were handed back.
         meta_is_filled: whether the strategy gives values to what is on the meta device.
+        may_be_spread: whether a device map may have spread it, so that its weights come where they are needed.
         is_exchanged: whether gradients are averaged over ranks, so that a parameter must belong to one model.
 
     Raises:
@@ -60,6 +62,14 @@ def audit_model(
             f"{name} was divided by `prepare_pippy`, for inference, and other ranks hold the rest of it. Call it as it "
             f"is; to train, prepare the model instead of dividing it."
         )
+    if is_spread(model):
+        if may_be_spread:
+            return
+        raise ConfigError(
+            f"{name} ({type(model).__name__}) is spread over devices or offloaded by a device map, which is how one "
+            f"process computes it, and several are to divide the work of this one. Launch one process, or load the "
+            f"model whole and let the strategy divide it."
+        )
     if is_exchanged:
         _refuse_shared(model, name, prepared)
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -68,6 +78,17 @@ def audit_model(
                 f"`{key}` of {name} ({type(model).__name__}) is on the meta device: it has a shape and no values. "
                 f"Load its weights first, for example with `load_state_dict(..., assign=True)`."
             )
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether a device map says where the parts of `model` are, and they are not all in one place.
+
+    Known by what every library that does so leaves: the map itself as an attribute.
+    """
+    if getattr(model, "hf_device_map", None) is None:
+        return False
+    devices = {parameter.device for parameter in model.parameters()}
+    return len(devices) > 1 or torch.device("meta") in devices
 
 
 def _refuse_wrapped(model: nn.Module, name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from accel_parallel.audit import is_spread
 from accel_parallel.clip import check_clip, gradients_of, scale_gradients_
 from accel_parallel.sharded import in_memory, read_all, to_copy
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
@@ -114,7 +115,8 @@ class SingleStrategy:
     def prepare(self, bundle: Bundle) -> Bundle:
         if self.place:
             for model in bundle.models:
-                model.to(self.process.device)
+                if not is_spread(model):
+                    model.to(self.process.device)
             for optimizer in bundle.optimizers:
                 if optimizer.state:  # it stepped before: let its state follow its parameters
                     optimizer.load_state_dict(optimizer.state_dict())

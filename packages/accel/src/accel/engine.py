@@ -105,6 +105,7 @@ class Engine:
                 prepared=known,
                 meta_is_filled=self.strategy.fills_meta,
                 is_exchanged=self.strategy.average_size > 1,
+                may_be_spread=self.strategy.average_size == 1 and self.strategy.state_layout == "full",
             )
             if Duty.SCALE not in self.strategy.owns:
                 self.precision.check(model, name="model" if number == 0 else f"model_{number}")

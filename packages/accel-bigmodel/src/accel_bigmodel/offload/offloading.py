@@ -127,6 +127,7 @@ def _offload(
         preload_module_classes=preload_module_classes, keep=file,
     )  # fmt: skip
     align(model, {"": device})
+    model.hf_device_map = {"": "cpu" if folder is None else "disk"}  # type: ignore[assignment]
     return model
 
 
@@ -186,6 +187,8 @@ def remove_hooks(model: M) -> M:
         unit.put_for_good()
         detach(model, unit)
     unalign(model)
+    if hasattr(model, "hf_device_map"):
+        del model.hf_device_map
     return model
 
 
