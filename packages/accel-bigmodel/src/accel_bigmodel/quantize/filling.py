@@ -71,8 +71,8 @@ class Filling:
         """
         if self._empty:
             raise ConfigError(
-                f"{next(iter(self._empty))!r} and {len(self._empty) - 1} more tensors of the model are on the meta device and "
-                f"have no values to quantize. Give the checkpoint they are in as `weights_location`."
+                f"{next(iter(self._empty))!r} and {len(self._empty) - 1} more tensors of the model are on the meta device "
+                f"and have no values to quantize. Give the checkpoint they are in as `weights_location`."
             )
         for name in self._saved:
             self._check(name, self._tensor(name).dtype)
@@ -85,7 +85,8 @@ class Filling:
 
         Raises:
             CheckpointError: if it does not fit the model.
-            ConfigError: if a layer cannot be quantized. Nothing is changed then, nor by a misfit.
+            ConfigError: if a layer cannot be quantized, or was quantized to another type. The model is as it was, but
+                for layers that come before one of another type.
         """
         sources = open_checkpoint(path)
         before = self._quantized_before(sources)
@@ -94,11 +95,11 @@ class Filling:
         found = self._match(rest, frozenset(before), path)
         for name, parts in found.items():
             self._check(name, rest[parts[0].source].dtype)
+        for layer, names in before.items():
+            self._restore(layer, {name.removeprefix(f"{layer}."): _map(sources[name]) for name in names})
         for name, parts in found.items():
             if not self._stays_in_file(name, parts, rest):
                 self._fill(name, self._read(name, parts, rest), copy=True)
-        for layer, names in before.items():
-            self._restore(layer, {name.removeprefix(f"{layer}."): _map(sources[name]) for name in names})
         self._move_computed()
 
     def _match(self, sources: Mapping[str, Source], before: frozenset[str], path: Path) -> Mapping[str, Sequence[Part]]:
