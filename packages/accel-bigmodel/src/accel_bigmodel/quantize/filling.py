@@ -71,8 +71,8 @@ class Filling:
         """
         if self._empty:
             raise ConfigError(
-                f"{next(iter(self._empty))!r} and {len(self._empty) - 1} more tensors of the model are on the meta device "
-                f"and have no values to quantize. Give the checkpoint they are in as `weights_location`."
+                f"{next(iter(self._empty))!r} and {len(self._empty) - 1} more tensors of the model are on the meta "
+                f"device and have no values to quantize. Give the checkpoint they are in as `weights_location`."
             )
         for name in self._saved:
             self._check(name, self._tensor(name).dtype)
