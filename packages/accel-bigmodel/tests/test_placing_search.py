@@ -182,25 +182,30 @@ def test_without_a_workload_all_devices_take_part_and_with_one_the_fewest_hops_a
     assert set(together.device_map().values()) == {0}
 
 
-def test_room_for_two_streamed_layers_is_left_on_the_main_device() -> None:
+def test_room_for_the_largest_streamed_layers_is_left_on_the_main_device() -> None:
     budgets: dict[int | str, int] = {0: 5 * 1024, 1: 2 * 1024, "cpu": 1 << 20}
-    plan = plan_device_map(even_chain(10), budgets)
+    two = Machine(staging_slots=2)
+    plan = plan_device_map(even_chain(10), budgets, machine=two)
     assert [plan.place_of(layer) for layer in range(10)] == [0, 0, 0, 1, 1, *["cpu"] * 5]
     assert plan.prediction.uses[0].staging_bytes == 2048
-    moved = plan_device_map(even_chain(10), budgets, main=1)
+    moved = plan_device_map(even_chain(10), budgets, main=1, machine=two)
     assert [moved.place_of(layer) for layer in range(10)] == [0, 0, 0, 0, 0, *["cpu"] * 5]
-    slots = plan_device_map(even_chain(10), budgets, machine=Machine(staging_slots=3))
-    assert slots.prediction.uses[0].staging_bytes == 3072
+    assert plan_device_map(even_chain(10), budgets).prediction.uses[0].staging_bytes == 3072
+    uneven = build([(32, 0, 0), (32, 0, 0), (64, 0, 0), (16, 0, 0), (32, 0, 0)])
+    plan = plan_device_map(uneven, {0: 4 * 1024, "cpu": 1 << 20}, strategy="sequential")
+    assert [plan.place_of(layer) for layer in range(5)] == ["cpu"] * 5
+    assert plan.prediction.uses[0].staging_bytes == 2048 + 1024 + 1024
 
 
 def test_buffers_of_streamed_layers_stay_on_the_main_device_unless_offloaded() -> None:
     chain = build([(32, 256, 0)] * 4)  # 1,024 bytes of each kind
     budgets: dict[int | str, int] = {0: 6 * 1024, "cpu": 1 << 20}
-    stay = plan_device_map(chain, budgets)
+    two = Machine(staging_slots=2)
+    stay = plan_device_map(chain, budgets, machine=two)
     assert stay.prediction.uses[0].used_bytes <= 6 * 1024
     assert stay.prediction.uses[0].weight_bytes == 4096
     assert stay.prediction.streamed_bytes == 4096
-    away = plan_device_map(chain, budgets, offload_buffers=True)
+    away = plan_device_map(chain, budgets, offload_buffers=True, machine=two)
     assert away.prediction.streamed_bytes == 2048 * sum(each == "cpu" for each in away.device_map(clean=False).values())
 
 
@@ -236,14 +241,15 @@ def test_a_layer_that_no_device_can_run_is_refused_with_sizes() -> None:
     with pytest.raises(ConfigError, match=r"`layers.1` \(Block\) takes 4.00 KiB .* device 0 with 3.00 KiB"):
         plan_device_map(chain, {0: 3 * 1024, "cpu": 1 << 20}, machine=Machine(staging_slots=1))
     chain = build([(32, 0, 0), (256, 0, 0), (32, 0, 0)])
-    with pytest.raises(ConfigError, match=r"cannot be streamed, as 2 slots on device 1 take 16.00 KiB of 5.00 KiB"):
+    with pytest.raises(ConfigError, match=r"cannot be streamed, as device 1, where it would run, needs 8.00 KiB and has 5"):
         plan_device_map(chain, {0: 3 * 1024, 1: 5 * 1024, "cpu": 1 << 20}, main=1)
 
 
 def test_time_is_bound_by_the_bus_or_by_compute() -> None:
     chain = even_chain(10)
     budgets: dict[int | str, int] = {0: 6 * 1024, "cpu": 1 << 20}
-    slow_bus = Machine(bus_gb_s=1e-6, accelerator=DeviceSpeed(tflops=1, memory_gb_s=1), overlap_loss=0.0)
+    speed = DeviceSpeed(tflops=1, memory_gb_s=1)
+    slow_bus = Machine(bus_gb_s=1e-6, accelerator=speed, overlap_loss=0.0, staging_slots=2)
     plan = plan_device_map(chain, budgets, machine=slow_bus)
     assert plan.prediction.bound == "copies"
     # Six layers are streamed, 1,024 bytes each at 1,000 bytes a second.
@@ -265,8 +271,8 @@ def test_a_faster_device_takes_more() -> None:
     [
         ({"disk": 100}, "none of that computes"),
         ({0: 10_000, "cpu": 0, "disk": 0}, r"takes 10.00 KiB in float32, and `max_memory` offers .*Give 240 B more"),
-        ({0: 1500, "cpu": 20_000}, r"2 slots on device 0 take|2.00 KiB of slots"),
-        ({0: 0, "cpu": 1 << 20}, r"device 0 with 0 B.*2 slots on device 0 take 2.00 KiB of 0 B"),
+        ({0: 1500, "cpu": 20_000}, "device 0 needs room for 3.00 KiB of slots"),
+        ({0: 0, "cpu": 1 << 20}, r"device 0 with 0 B.*needs 1.00 KiB and has 0 B"),
         ({0: 1024 * 9, "cpu": 900, "disk": 900}, "Give more, as whole layers leave gaps"),
     ],
 )
@@ -279,7 +285,7 @@ def test_what_runs_can_be_what_does_not_fit() -> None:
     budgets: dict[int | str, int] = {0: 6000, "cpu": 1 << 20}
     with pytest.raises(ConfigError, match=r"of activations.*smaller dtype or workload"):
         plan_device_map(even_chain(10), budgets, workload=Workload(sequence_length=1000))
-    with pytest.raises(ConfigError, match=r"needs room for 2.00 KiB of slots for streamed layers, 8.79 KiB of keys"):
+    with pytest.raises(ConfigError, match=r"needs room for 3.00 KiB of slots for streamed layers, 8.79 KiB of keys"):
         plan_device_map(even_chain(10), budgets, workload=Workload(activation_bytes=10), kv_bytes=[900] * 10)
 
 

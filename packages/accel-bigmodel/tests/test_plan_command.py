@@ -52,13 +52,13 @@ def test_numbers_and_files(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_settings_reach_the_plan(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--dtype", "fp32", "--bus", "2.5", "--tflops", "7", "--memory-speed", "11", "--disk", "3", "--peer", "4"]
-    main([str(checkpoint), *SMALL, *more, "--slots", "3", "--phase", "decode", "--strategy", "sequential", "--json"])
+    main([str(checkpoint), *SMALL, *more, "--slots", "2", "--phase", "decode", "--strategy", "sequential", "--json"])
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["dtype"] == "float32"
     assert numbers["assumptions"].startswith(
         "bus 2.5 GB/s, disk 3 GB/s, between devices 4 GB/s, an accelerator 7 TFLOP/s and 11 GB/s"
     )
-    assert numbers["places"][0]["staging_bytes"] == 3 * 4 * 2 * 256 * 64
+    assert numbers["places"][0]["staging_bytes"] == 2 * 4 * 2 * 256 * 64
     main([str(checkpoint), "--memory", "cpu=9MiB", "--tflops", "7", "--json"])
     assert "the host 7 TFLOP/s" in json.loads(capsys.readouterr().out)["assumptions"]
     two = "0=1MiB,1=300KiB,cpu=1MiB"

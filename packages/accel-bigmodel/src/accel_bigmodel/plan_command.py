@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     speeds.add_argument("--peer", type=_speed, metavar="GB/S", help="between accelerators (default 50)")
     speeds.add_argument("--tflops", type=_speed, metavar="N", help="of what computes (default 300; host 1)")
     speeds.add_argument("--memory-speed", type=_speed, metavar="GB/S", help="of its memory (default 2000; host 100)")
-    speeds.add_argument("--slots", type=_count, default=2, metavar="N", help="room for streamed layers (default 2)")
+    speeds.add_argument("--slots", type=_count, default=3, metavar="N", help="room for streamed layers (default 3)")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print numbers for programs instead of a table")
     output.add_argument("--picture", type=Path, metavar="FILE", help="draw it: a .svg or a .html file")

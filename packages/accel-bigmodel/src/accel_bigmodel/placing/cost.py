@@ -1,8 +1,8 @@
 """What a placement costs: bytes in every place and seconds a forward. Pure; one formula for every planner.
 
 **Memory** of a place that computes: weights and buffers that lie there; keys and values of the layers that run there;
-the largest activations of one of them; and on the main one, while others are streamed, `Machine.staging_slots` times
-the largest streamed layer, and buffers of streamed layers unless they are offloaded too. Of a place that only keeps:
+the largest activations of one of them; and on the main one, while others are streamed, the largest of these layers,
+`Machine.staging_slots` of them, and buffers of streamed layers unless they are offloaded too. Of a place that only keeps:
 what is streamed from it.
 
 **Time** of one forward, among many that follow each other. Layer `l` computes in ``c_l``, by the roofline of the place
@@ -17,7 +17,7 @@ A hop is what the activations of a layer take to another device, once for each d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from accel_bigmodel.placing.chain import Chain, Layer
 from accel_bigmodel.placing.memory import UNLIMITED, is_store
 from accel_bigmodel.placing.workload import Machine, Workload
 
-__all__ = ["PlaceUse", "Prediction", "Problem", "evaluate", "staging_bytes"]
+__all__ = ["PlaceUse", "Prediction", "Problem", "evaluate", "largest"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,8 +154,7 @@ class Problem:
         self.staying = [0 if buffers_too else unit.buffer_bytes for unit in units]
         self.kv = [sum(layer_kv[each] for each in unit.layers) for unit in units]
         self.activations = [max(acts[each] for each in unit.layers) for unit in units]
-        self.largest_layer = [max(staged[each] for each in unit.layers) for unit in units]
-        self.num_layers = [sum(1 for each in unit.layers if staged[each]) for unit in units]
+        self.staged = [largest((staged[each] for each in unit.layers), self.num_slots) for unit in units]
         self.hop_s = tokens * size * chain.hidden / (self.machine.peer_gb_s * 1e9)
 
     def _time_units(self, chain: Chain, layer_kv: list[int]) -> None:
@@ -228,9 +227,9 @@ def evaluate(problem: Problem, placement: Sequence[int]) -> Prediction:
     )
 
 
-def staging_bytes(problem: Problem, *, largest: int, num_layers: int) -> int:
-    """Room for streamed layers on the main place."""
-    return min(problem.num_slots, num_layers) * largest
+def largest(sizes: Iterable[int], count: int) -> list[int]:
+    """The largest of some sizes, `count` of them at most."""
+    return sorted(sizes, reverse=True)[:count]
 
 
 def _use(problem: Problem, use: PlaceUse, number: int, units: list[int], streamed: list[int]) -> PlaceUse:
@@ -250,11 +249,7 @@ def _use(problem: Problem, use: PlaceUse, number: int, units: list[int], streame
         weight_bytes=sum(problem.resident[unit] for unit in units) + sum(problem.staying[unit] for unit in guests),
         kv_bytes=sum(problem.kv[unit] for unit in runs),
         activation_bytes=max((problem.activations[unit] for unit in runs), default=0),
-        staging_bytes=staging_bytes(
-            problem,
-            largest=max((problem.largest_layer[unit] for unit in guests), default=0),
-            num_layers=sum(problem.num_layers[unit] for unit in guests),
-        ),
+        staging_bytes=sum(largest((size for unit in guests for size in problem.staged[unit]), problem.num_slots)),
         compute_s=sum(problem.seconds[number][unit] for unit in runs),
     )
 

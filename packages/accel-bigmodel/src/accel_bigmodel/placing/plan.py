@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import NoReturn, get_args
 
 from accel_bigmodel.placing.chain import Chain
-from accel_bigmodel.placing.cost import Prediction, Problem, evaluate, staging_bytes
+from accel_bigmodel.placing.cost import Prediction, Problem, evaluate, largest
 from accel_bigmodel.placing.memory import UNLIMITED, DeviceMap, describe_budgets, is_store, shown_place
 from accel_bigmodel.placing.search import Strategy, search
 from accel_bigmodel.placing.workload import Machine, Workload
@@ -160,23 +160,22 @@ def _refuse(problem: Problem) -> NoReturn:
 
 def _refuse_layer(problem: Problem, widest: int) -> None:
     """A layer that no device can run, not even alone."""
-    chain, slots = problem.chain, problem.num_slots
+    chain = problem.chain
     budget = problem.budgets[widest]
     main_budget = problem.budgets[problem.main]
     for number, layer in enumerate(chain.layers):
-        staged = layer.total_bytes if problem.offload_buffers else layer.weight_bytes
         running = problem.activations[chain.unit_of_layer[number]]
-        streamed = staging_bytes(problem, largest=staged, num_layers=len(chain.layers)) + running
+        staged = layer.total_bytes if problem.offload_buffers else layer.weight_bytes
+        streamed = running + (staged if problem.num_slots else 0)
         if layer.total_bytes + running <= budget or streamed <= main_budget:
             continue
-        place, main = shown_place(problem.places[widest]), shown_place(problem.places[problem.main])
         acts = f" with {format_bytes(running)} of activations" if running else ""
-        room = f"{slots} slots on {main} take" if slots else f"{main} then needs"
         raise ConfigError(
             f"The layer `{layer.name}` ({layer.kind}) takes {format_bytes(layer.total_bytes)} in "
-            f"{_dtype_name(chain)}{acts}. That fits into no device: the largest is {place} with "
-            f"{format_bytes(budget)}; and it cannot be streamed, as {room} "
-            f"{format_bytes(streamed)} of {format_bytes(main_budget)}. Give a device more memory, use a smaller dtype"
+            f"{_dtype_name(chain)}{acts}. That fits into no device: the largest is "
+            f"{shown_place(problem.places[widest])} with {format_bytes(budget)}; and it cannot be streamed, as "
+            f"{shown_place(problem.places[problem.main])}, where it would run, needs {format_bytes(streamed)} and has "
+            f"{format_bytes(main_budget)}. Give a device more memory, use a smaller dtype"
             f"{' or workload' if running else ''}, or let it be split (`no_split_module_classes`)."
         )
 
@@ -185,8 +184,8 @@ def _refuse_room(problem: Problem) -> None:
     """Streaming, or what runs, takes more of the main device than there is."""
     main, everything = problem.main, range(len(problem.resident))
     parts = {
-        "slots for streamed layers": staging_bytes(
-            problem, largest=max(problem.largest_layer), num_layers=sum(problem.num_layers)
+        "slots for streamed layers": sum(
+            largest((size for sizes in problem.staged for size in sizes), problem.num_slots)
         ),
         "keys and values": sum(problem.kv),
         "activations": max(problem.activations),

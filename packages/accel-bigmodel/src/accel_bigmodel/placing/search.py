@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Literal
 
-from accel_bigmodel.placing.cost import Problem, evaluate, staging_bytes
+from accel_bigmodel.placing.cost import Problem, evaluate, largest
 
 __all__ = ["Strategy", "search"]
 
@@ -57,7 +57,7 @@ def search(problem: Problem, strategy: Strategy, *, around_large: bool = True) -
 def _tail(problem: Problem) -> list[int]:
     """Units behind the last block, such as an output layer.
 
-    They are often larger than a block, and one that is streamed makes every slot as large. So if anything is streamed,
+    They are often larger than a block, and so is the slot of one that is streamed. So if anything is streamed,
     having them resident before all others is tried as well.
     """
     layers = problem.chain.layers
@@ -93,15 +93,15 @@ class _Search:
         """What is streamed, for each length of the resident prefix."""
         problem, size = self.problem, self.length + 1
         self.room, self.floor, self.copied = [0] * size, [0] * size, [0] * size
-        largest = num_layers = fixed = floor = copied = 0
+        fixed = floor = copied = 0
+        slots: list[int] = []
         for place in range(self.length, -1, -1):
             for unit in self.large if place == self.length else [self.order[place]]:
-                largest = max(largest, problem.largest_layer[unit])
-                num_layers += problem.num_layers[unit]
+                slots = largest([*slots, *problem.staged[unit]], problem.num_slots)
                 fixed += problem.staying[unit] + problem.kv[unit]
                 floor = max(floor, problem.activations[unit])
                 copied += problem.streamed[unit]
-            self.room[place] = fixed + staging_bytes(problem, largest=largest, num_layers=num_layers)
+            self.room[place] = fixed + sum(slots)
             self.floor[place], self.copied[place] = floor, copied
 
     def streams(self, prefix: int) -> bool:

@@ -92,8 +92,8 @@ class Machine:
     """Of the host, where that is what computes."""
     devices: Mapping[int | str, DeviceSpeed] = field(default_factory=dict)
     """Speeds of single devices by place."""
-    staging_slots: int = 2
-    """Layers for which an accelerator keeps room while others are streamed to it: one computes as the next arrives."""
+    staging_slots: int = 3
+    """Streamed layers for which an accelerator keeps room: one computes as the next ones arrive."""
     overlap_loss: float = 0.03
     """Part of the copying that shows even behind enough computing, as both take from one memory."""
 
@@ -101,7 +101,7 @@ class Machine:
         _check_positive(self, "bus_gb_s", "disk_gb_s", "peer_gb_s")
         slots = self.staging_slots
         if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
-            raise ConfigError(f"`staging_slots={slots!r}` holds no layer. Give a positive integer, such as 2.")
+            raise ConfigError(f"`staging_slots={slots!r}` holds no layer. Give a positive integer, such as 3.")
         if not 0 <= self.overlap_loss <= 1:
             raise ConfigError(f"`overlap_loss={self.overlap_loss}` is no part of a whole. Give a number from 0 to 1.")
         for key in self.devices:
