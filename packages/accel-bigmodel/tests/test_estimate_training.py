@@ -229,6 +229,13 @@ def test_sharding_needs_less_the_more_ranks_there_are() -> None:
     assert totals == sorted(totals, reverse=True)
 
 
+def test_checkpointed_blocks_run_again_by_the_rules_of_a_gpu() -> None:
+    batch = torch.empty((8, 128), dtype=torch.int64, device="meta")
+    plain = trace_training(Language(), batch, EstimateOptions(optimizer="sgd"))
+    again = trace_training(Language(), batch, EstimateOptions(optimizer="sgd", checkpointing=True))
+    assert again.total_bytes < plain.total_bytes
+
+
 def test_attention_on_a_gpu_keeps_no_scores_in_half_precision_and_all_of_them_by_plain_operators() -> None:
     batch = torch.empty((4, 256), dtype=torch.int64, device="meta")
     peaks = {

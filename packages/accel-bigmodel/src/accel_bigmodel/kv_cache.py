@@ -30,8 +30,8 @@ def kv_cache_bytes_per_layer(
 
     Keys and values count for the heads that have their own (grouped and multi-query attention), up to the window of a
     layer that has one, and once for layers that share them. Multi-head latent attention (DeepSeek-V2,
-    arXiv:2405.04434, section 2.1) keeps one latent and one rotary key for all heads; transformers before 5.20 or so
-    keeps them multiplied out, which takes more. Constant states, as of Mamba, are not counted.
+    arXiv:2405.04434, section 2.1) keeps one latent and one rotary key for all heads, as transformers 5.24 does; older
+    versions keep them multiplied out, which takes more. Constant states, as of Mamba, are not counted.
 
     Args:
         config: of transformers, or anything with attributes of the same names. Of a composite one the part that

@@ -9,7 +9,8 @@ third stage (Rajbhandari et al., arXiv:1910.02054) is taken to do the same, its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,12 +28,22 @@ ROOT = -1
 """Index of the unit that holds what is in no block."""
 
 
-def checkpoint_blocks(model: nn.Module) -> int:
-    """Let each block of `model` keep its inputs only and run again in backward; how many there are."""
+def checkpoint_blocks(model: nn.Module, *, again: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
+    """Let each block of `model` keep its inputs only and run again in backward; how many there are.
+
+    Args:
+        model: changed.
+        again: makes what is entered while a block runs again. Backward leaves the modes in which torch's functions are
+            replaced, as it is one of them.
+    """
     blocks = outermost(find_blocks(model))
     for _, block in blocks:
         block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), again()),
         )
     return len(blocks)
 

@@ -8,6 +8,7 @@ the same on every machine, and touches no device.
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["NEEDS_VALUES", "fake_like", "fake_model", "one_sequence_each"]
+__all__ = ["NEEDS_VALUES", "GroupedProducts", "fake_like", "fake_model", "one_sequence_each", "quiet_fakes"]
 
 NEEDS_VALUES = (
     DataDependentOutputException,
@@ -85,6 +87,43 @@ def one_sequence_each() -> Iterator[None]:
         yield
     finally:
         setattr(module, name, original)
+
+
+@contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """While entered, torch does not log what fakes raise: who asks is told."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets experts of a mixture be multiplied as fakes in any precision, as they are with values.
+
+    torch takes bfloat16 only there (``meta_grouped_mm`` of torch 2.13, torch/_meta_registrations.py).
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is not _grouped_mm() or args[0].dtype == torch.bfloat16:
+            return func(*args, **given)
+        first, second = args[0], args[1]
+        offsets: Any = args[2] if len(args) > 2 else given.get("offs")
+        rows, columns = first.size(-2), second.size(-1)
+        # Groups are rows of the first, columns of the second, or what both are summed over: then each gives a matrix.
+        if first.dim() == second.dim():
+            shape = ((first.size(0) if first.dim() == 3 else offsets.numel()), rows, columns)
+            return first.new_empty(shape, dtype=given.get("out_dtype") or first.dtype)
+        return first.new_empty((rows, columns), dtype=given.get("out_dtype") or first.dtype)
+
+
+def _grouped_mm() -> Any:
+    """The operator; ``None`` where this torch has none."""
+    return getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype | None) -> torch.Tensor:

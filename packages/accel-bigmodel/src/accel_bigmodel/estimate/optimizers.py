@@ -11,7 +11,7 @@ from torch import nn
 from accel_state.config import did_you_mean
 from accel_state.errors import ConfigError
 
-__all__ = ["OPTIMIZERS", "make_optimizer"]
+__all__ = ["OPTIMIZERS", "make_optimizer", "optimizer_key"]
 
 OPTIMIZERS = (
     "adamw", "adam", "sgd", "sgd_momentum", "adafactor", "adagrad", "adadelta", "adamax", "nadam", "radam", "rmsprop",
@@ -35,23 +35,33 @@ _BLOCK = 256
 """Elements that share a scale (bitsandbytes/optim/optimizer.py)."""
 
 
+def optimizer_key(name: str) -> str:
+    """`name` as `OPTIMIZERS` has it; ``-`` and capitals do not matter.
+
+    Raises:
+        ConfigError: if it has not.
+    """
+    key = str(name).lower().replace("-", "_")
+    if key not in OPTIMIZERS:
+        raise ConfigError(
+            f"`optimizer={name!r}` is not known, so nobody can say what it keeps.{did_you_mean(key, list(OPTIMIZERS))} "
+            f"Use one of {', '.join(OPTIMIZERS)}."
+        )
+    return key
+
+
 def make_optimizer(name: str, parameters: Iterable[nn.Parameter], *, on_gpu: bool) -> torch.optim.Optimizer:
     """The optimizer of that name for `parameters`, fake ones or real ones.
 
     Args:
-        name: one of `OPTIMIZERS`; ``-`` and capitals do not matter.
+        name: one of `OPTIMIZERS`.
         parameters: those that are trained.
         on_gpu: whether it steps over all parameters at once (``foreach``), as torch does on a GPU by itself.
 
     Raises:
         ConfigError: for a name that is not known.
     """
-    key = name.lower().replace("-", "_")
-    if key not in OPTIMIZERS:
-        raise ConfigError(
-            f"`optimizer={name!r}` is not known, so nobody can say what it keeps.{did_you_mean(key, list(OPTIMIZERS))} "
-            f"Use one of {', '.join(OPTIMIZERS)}."
-        )
+    key = optimizer_key(name)
     trained = [each for each in parameters if each.requires_grad]
     if not trained:
         raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from accel_bigmodel.estimate.optimizers import optimizer_key
 from accel_bigmodel.estimate.rules import Attention
 from accel_state.config import MixedPrecision, did_you_mean
 from accel_state.dtypes import parse_dtype
@@ -66,6 +67,7 @@ class EstimateOptions:
         _check_choice("sharding", self.sharding, get_args(Sharding))
         _check_choice("device", self.device, ("cuda", "cpu"))
         _check_choice("attention", self.attention, get_args(Attention))
+        optimizer_key(self.optimizer)
         if self.sharding == "none" and self.ranks > 1:
             raise ConfigError(
                 f"`ranks={self.ranks}` was given without `sharding`, so what the ranks divide is not known. Give "

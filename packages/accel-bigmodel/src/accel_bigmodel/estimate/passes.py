@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from accel_bigmodel.estimate.blocks import Blocks, checkpoint_blocks
-from accel_bigmodel.estimate.fakes import fake_like, fake_model, one_sequence_each
+from accel_bigmodel.estimate.fakes import GroupedProducts, fake_like, fake_model, one_sequence_each, quiet_fakes
 from accel_bigmodel.estimate.optimizers import make_optimizer
 from accel_bigmodel.estimate.options import EstimateOptions
 from accel_bigmodel.estimate.rules import CudaRules
@@ -101,7 +101,7 @@ def trace_training(model: nn.Module, batch: Any, options: EstimateOptions, loss:
         copied = fake_model(model, mode, dtype=compute if flat else options.weights_dtype).train()
         _weigh(tracker, options, _widening(model, copied, options) if flat else 1.0)
         if options.checkpointing:
-            _checkpoint(copied)
+            _checkpoint(copied, options)
         divided = _DIVIDES[options.sharding]
         blocks = Blocks(
             copied, tracker, gathers="weights" in divided, reduces="gradients" in divided, ranks=options.ranks
@@ -173,6 +173,8 @@ def _fakes(
     tracker = AllocationTracker(granularity_bytes=_CUDA_GRANULARITY_BYTES if on_gpu else 1, known=known)
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(GroupedProducts())  # type: ignore[no-untyped-call]
+        stack.enter_context(quiet_fakes())
         if not packed:
             stack.enter_context(one_sequence_each())
         if on_gpu:
@@ -218,8 +220,13 @@ def _widening(model: nn.Module, copied: nn.Module, options: EstimateOptions) -> 
     return stored / gathered if gathered else 1.0
 
 
-def _checkpoint(model: nn.Module) -> None:
-    if checkpoint_blocks(model) == 0:
+def _checkpoint(model: nn.Module, options: EstimateOptions) -> None:
+    autocast = options.mixed_precision != "no" and options.sharding not in ("zero3", "fsdp")
+
+    def rules() -> AbstractContextManager[Any]:
+        return CudaRules(attention=options.attention, autocast=autocast) if options.device == "cuda" else nullcontext()
+
+    if checkpoint_blocks(model, again=rules) == 0:
         raise ConfigError(
             f"`checkpointing=True` was given, but `{type(model).__name__}` has no repeated blocks that could run "
             f"again in backward. Leave it out."
