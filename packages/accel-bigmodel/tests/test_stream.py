@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from accel_bigmodel.stored import read_index
 from accel_bigmodel.stream import Engine, FileSource, HostMemory, Layout, Load, Mark, Source
+from accel_bigmodel.stream.order import Order
 from accel_bigmodel.stream.staging import Staging
 from accel_bigmodel.testing import FakeTransfers, RaceError
 from accel_state.errors import CheckpointError, ConfigError
@@ -99,6 +100,28 @@ def test_passes_in_order_fetch_ahead_and_stay_in_budget(
     # After the first pass nothing is fetched when it is needed: it is there, and the next ones too.
     expected = {f"unit{(5 + k) % 6}" for k in range(num_slots)}
     assert set(model.engine.resident) == expected
+
+
+def test_what_follows_is_learnt_and_learnt_again() -> None:
+    order = Order()
+    assert order.following(3, 4) == []
+    for unit in (0, 1, 2, 3):  # the first pass: in the order of definition, and round again
+        order.saw(unit)
+        assert order.following(2, 4) == [(unit + 1) % 4, (unit + 2) % 4]
+    for _ in range(2):
+        for unit in (0, 2, 2, 1, 3, 1, 2):  # forward and backward, in another order
+            order.saw(unit)
+    # One unit, and what comes next, depend on what was before it.
+    assert order.following(3, 4) == [0, 1, 3]
+    order.saw(0)
+    order.saw(2)
+    assert order.following(1, 4) == [1]
+    order.saw(1)
+    assert order.following(2, 4) == [3, 2]
+    order.saw(3)
+    order.saw(1)
+    assert order.following(2, 4) == [2, 0]
+    assert order.following(9, 4) == [2, 0, 3]
 
 
 def test_pinned_memory_is_copied_at_once_without_the_host_waiting(models: Any) -> None:

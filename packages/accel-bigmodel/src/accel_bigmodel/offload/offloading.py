@@ -147,7 +147,10 @@ def place_on_device(tensors: Sequence[HeldTensor], values: Mapping[str, Value], 
     """Have the model hold `tensors` on `device`."""
     place_on_host([each for each in tensors if any(name in values for name in each.names)], values)
     for tensor in tensors:
+        value_of(tensor, values)  # there is one
         now = tensor.places[0].get()
+        if now.device == device:
+            continue  # classes of quantized weights keep more than a parameter made anew would
         moved = now.detach().to(device)
         if isinstance(now, nn.Parameter):
             moved = nn.Parameter(moved, requires_grad=now.requires_grad)
@@ -207,4 +210,4 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
         raise ConfigError(
             "`execution_device='meta'` computes nothing. Give the device where forwards run, such as `cuda:0` or `cpu`."
         )
-    return found
+    return found if found.type == "cpu" or found.index is not None else torch.empty(0, device=found).device

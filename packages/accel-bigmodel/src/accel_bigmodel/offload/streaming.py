@@ -106,7 +106,7 @@ def _from_files(group: Group, values: Mapping[str, Value], keep: object) -> Sour
         stored.append(value)
     layout = Layout.of([each.shape for each in stored], [each.value.dtype for each in group.tensors])
     for tensor in group.tensors:
-        tensor.value = tensor.value.new_empty(0)
+        tensor.value = torch.empty(0)  # it lies in the source now
     return FileSource(layout, stored, keep=keep)
 
 
@@ -128,7 +128,7 @@ def _on_host(group: Group, values: Mapping[str, Value], memory: HostMemory) -> S
         for piece in pieces_of(_with_dtype(value, tensor)):
             source.writable(index).copy_(piece.detach())
             index += 1
-        tensor.value = tensor.value.new_empty(0)
+        tensor.value = torch.empty(0)  # it lies in the source now
     return source
 
 
