@@ -32,20 +32,20 @@ pytestmark = pytest.mark.heavy
 
 def llama() -> Any:
     return transformers.LlamaForCausalLM, transformers.LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
 
 
 def gpt2() -> Any:
     return transformers.GPT2LMHeadModel, transformers.GPT2Config(
-        vocab_size=256, n_embd=32, n_layer=6, n_head=4, n_positions=64, architectures=["GPT2LMHeadModel"]
+        vocab_size=256, n_embd=32, n_layer=12, n_head=4, n_positions=64, architectures=["GPT2LMHeadModel"]
     )
 
 
 def mixtral() -> Any:
     return transformers.MixtralForCausalLM, transformers.MixtralConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
         architectures=["MixtralForCausalLM"],
     )  # fmt: skip
@@ -53,16 +53,16 @@ def mixtral() -> Any:
 
 def t5() -> Any:
     return transformers.T5ForConditionalGeneration, transformers.T5Config(
-        vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_decoder_layers=3, num_heads=4,
+        vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=6, num_decoder_layers=6, num_heads=4,
         architectures=["T5ForConditionalGeneration"],
     )  # fmt: skip
 
 
 MODELS = {
-    "llama": (llama, "LlamaDecoderLayer", 6),
-    "gpt2": (gpt2, "GPT2Block", 6),
-    "mixtral": (mixtral, "MixtralDecoderLayer", 6),
-    "t5": (t5, "T5Block", 6),
+    "llama": (llama, "LlamaDecoderLayer", 12),
+    "gpt2": (gpt2, "GPT2Block", 12),
+    "mixtral": (mixtral, "MixtralDecoderLayer", 12),
+    "t5": (t5, "T5Block", 12),
 }
 
 
@@ -147,13 +147,13 @@ def test_balanced_memory_splits_a_model_in_two() -> None:
     cut = get_balanced_memory(model, {0: "1GB", 1: "1GB"})
     found = infer_auto_device_map(model, cut, strategy="sequential", clean_result=False)
     layers = [place for name, place in found.items() if ".layers." in name]
-    assert layers == [0, 0, 0, 1, 1, 1]
+    assert layers == [0] * 6 + [1] * 6
 
 
 def test_the_command_plans_from_a_configuration_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, config = llama()
     config.save_pretrained(tmp_path)
-    words = ["--memory", "0=200KiB,cpu=1GiB", "--batch-size", "1", "--sequence-length", "8", "--dtype", "bf16"]
+    words = ["--memory", "0=250KiB,cpu=1GiB", "--batch-size", "1", "--sequence-length", "8", "--dtype", "bf16"]
     assert main([str(tmp_path), *words, "--map-output", str(tmp_path / "map.json")]) == 0
     out = capsys.readouterr().out
     assert "in bfloat16" in out

@@ -241,7 +241,7 @@ def test_a_layer_that_no_device_can_run_is_refused_with_sizes() -> None:
     with pytest.raises(ConfigError, match=r"`layers.1` \(Block\) takes 4.00 KiB .* device 0 with 3.00 KiB"):
         plan_device_map(chain, {0: 3 * 1024, "cpu": 1 << 20}, machine=Machine(staging_slots=1))
     chain = build([(32, 0, 0), (256, 0, 0), (32, 0, 0)])
-    with pytest.raises(ConfigError, match=r"cannot be streamed, as device 1, where it would run, needs 8.00 KiB and has 5"):
+    with pytest.raises(ConfigError, match=r"cannot be streamed, as device 1, where it would run, needs 8.00 KiB"):
         plan_device_map(chain, {0: 3 * 1024, 1: 5 * 1024, "cpu": 1 << 20}, main=1)
 
 

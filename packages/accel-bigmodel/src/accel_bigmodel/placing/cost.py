@@ -2,8 +2,8 @@
 
 **Memory** of a place that computes: weights and buffers that lie there; keys and values of the layers that run there;
 the largest activations of one of them; and on the main one, while others are streamed, the largest of these layers,
-`Machine.staging_slots` of them, and buffers of streamed layers unless they are offloaded too. Of a place that only keeps:
-what is streamed from it.
+`Machine.staging_slots` of them, and buffers of streamed layers unless they are offloaded too. Of a place that only
+keeps: what is streamed from it.
 
 **Time** of one forward, among many that follow each other. Layer `l` computes in ``c_l``, by the roofline of the place
 where it runs, and if it is streamed arrives in ``t_l``, its bytes by the speed of the way. Copies follow each other and
