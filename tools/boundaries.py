@@ -27,7 +27,7 @@ FOR_TESTS = "accel_state.testing"
 """Module or package that may pickle: what ranks of a test say to the test, none of it stored."""
 ON_THE_WIRE = ("accel_data.packing",)
 """Modules that pickle what one rank of a run sends another, as torch's collectives of objects do; none of it stored."""
-WEIGHTS_ONLY = ("accel_parallel.checkpoint_commands.convert.foreign",)
+WEIGHTS_ONLY = ("accel_parallel.checkpoint_commands.convert.foreign", "accel_bigmodel.loading.pickled")
 """Modules that read somebody else's pickles, by ``torch.load(..., weights_only=True)`` and in no other way."""
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal")
 ENVIRONMENT_FUNCTIONS = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

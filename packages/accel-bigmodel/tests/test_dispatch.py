@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from accel_bigmodel.dispatch import DeviceTable, dispatch, dispatch_model
@@ -23,7 +22,7 @@ from accel_bigmodel.offload.hooks import units_of
 from accel_bigmodel.offload.offloading import cpu_offload, disk_offload, has_offloaded_params, remove_hooks, to_disk
 from accel_bigmodel.offload.streaming import stream_tensors
 from accel_bigmodel.stored import read_index
-from accel_bigmodel.testing import FakeTransfers
+from accel_bigmodel.testing import FakeTransfers, save_file
 from accel_state.errors import CheckpointError, ConfigError
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +22,7 @@ from accel_bigmodel.offload.hooks import units_of
 from accel_bigmodel.offload.offloading import cpu_offload, has_offloaded_params, remove_hooks
 from accel_bigmodel.offload.streaming import stream_tensors
 from accel_bigmodel.stored import read_index
-from accel_bigmodel.testing import FakeTransfers
+from accel_bigmodel.testing import FakeTransfers, save_file
 from accel_state.errors import ConfigError
 
 Offload = Callable[..., FakeTransfers]

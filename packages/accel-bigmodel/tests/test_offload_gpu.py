@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from accel_bigmodel.dispatch import dispatch_model
@@ -17,6 +16,7 @@ from accel_bigmodel.offload.handover import cpu_offload_with_hook
 from accel_bigmodel.offload.hooks import units_of
 from accel_bigmodel.offload.offloading import cpu_offload, disk_offload, remove_hooks
 from accel_bigmodel.stored import read_index
+from accel_bigmodel.testing import save_file
 
 pytestmark = [
     pytest.mark.gpu,

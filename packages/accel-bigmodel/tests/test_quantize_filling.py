@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from accel_bigmodel import init_empty_weights
@@ -19,6 +18,7 @@ from accel_bigmodel.quantize.filling import Filling
 from accel_bigmodel.quantize.load import load_and_quantize_model
 from accel_bigmodel.quantize.options import BnbQuantizationConfig, QuantizationConfig, TorchaoQuantizationConfig
 from accel_bigmodel.quantize.placement import Placement
+from accel_bigmodel.testing import save_file
 from accel_state.errors import CheckpointError, ConfigError, MissingDependencyError
 
 

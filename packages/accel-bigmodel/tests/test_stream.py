@@ -11,13 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from accel_bigmodel.stored import read_index
 from accel_bigmodel.stream import Engine, FileSource, HostMemory, Layout, Load, Mark, Source
 from accel_bigmodel.stream.order import Order
 from accel_bigmodel.stream.staging import Staging
-from accel_bigmodel.testing import FakeTransfers, RaceError
+from accel_bigmodel.testing import FakeTransfers, RaceError, save_file
 from accel_state.errors import CheckpointError, ConfigError
 
 SHAPES = ((7,), (3, 5), (), (2, 2))

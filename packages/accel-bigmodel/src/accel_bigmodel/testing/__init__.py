@@ -1,5 +1,6 @@
-"""A device that is not there, for tests of what moves weights."""
+"""For tests of what moves weights: a device that is not there, and files to read."""
 
 from accel_bigmodel.testing.fake_device import FakeTransfers, RaceError
+from accel_bigmodel.testing.files import save_file
 
-__all__ = ["FakeTransfers", "RaceError"]
+__all__ = ["FakeTransfers", "RaceError", "save_file"]
