@@ -56,14 +56,17 @@ def test_a_whole_estimate_as_text_and_as_data() -> None:
     said: list[str] = []
     options = EstimateOptions(batch_size=2, sequence_length=8, optimizer="sgd", device="cpu")
     found = estimate_memory(Embedder(), options, on_progress=said.append)
-    assert found.inference.total_bytes and found.training is not None and found.training.total_bytes
+    assert found.inference.total_bytes
+    assert found.training is not None
+    assert found.training.total_bytes
     assert found.training.total_bytes > found.inference.total_bytes > found.weights[0].total_bytes
     text = found.text()
     for words in ("Embedder", "float32", "training (batch 2, length 8, sgd)", "gradients", "at its worst moment:"):
         assert words in text
     data = json.loads(json.dumps(found.to_dict()))
     assert data["training"]["total_bytes"] == found.training.total_bytes
-    assert data["options"]["batch_size"] == 2 and data["weights"][0]["name"] == "float32"
+    assert data["options"]["batch_size"] == 2
+    assert data["weights"][0]["name"] == "float32"
     assert "tracing training steps" in said
 
 
@@ -71,13 +74,15 @@ def test_a_batch_and_a_loss_may_be_given() -> None:
     model = nn.Bilinear(8, 8, 4)
     batch = (torch.empty(16, 8, device="meta"), torch.empty(16, 8, device="meta"))
     found = estimate_memory(model, EstimateOptions(device="cpu"), inputs=batch, loss=lambda outputs: outputs.sum())
-    assert found.training is not None and found.training.peak is not None
+    assert found.training is not None
+    assert found.training.peak is not None
     assert found.training.peak.parts["inputs"] == 2 * 16 * 8 * 4
 
 
 def test_what_cannot_be_traced_is_said_and_no_figure_is_given() -> None:
     found = estimate_memory(ByValue(), EstimateOptions(device="cpu", sequence_length=1))
-    assert found.inference.peak is None and "goes on differently by the values" in found.inference.unknown
+    assert found.inference.peak is None
+    assert "goes on differently by the values" in found.inference.unknown
     assert "training: not known. The model goes on differently" in found.text()
     assert found.to_dict()["training"]["total_bytes"] is None
     odd = estimate_memory(nn.Linear(2, 2), EstimateOptions())
@@ -89,29 +94,36 @@ def test_what_cannot_be_traced_is_said_and_no_figure_is_given() -> None:
 
 def test_a_model_without_a_cache_generates_nothing() -> None:
     found = estimate_memory(Embedder(), EstimateOptions(device="cpu", sequence_length=4, new_tokens=3))
-    assert found.generation is not None and "keeps no cache" in found.generation.unknown
+    assert found.generation is not None
+    assert "keeps no cache" in found.generation.unknown
 
 
 def test_checkpointing_needs_blocks() -> None:
     found = estimate_memory(
         nn.Bilinear(2, 2, 2), EstimateOptions(checkpointing=True), inputs=(torch.ones(1, 2), torch.ones(1, 2))
     )
-    assert found.training is not None and "has no repeated blocks" in found.training.unknown
+    assert found.training is not None
+    assert "has no repeated blocks" in found.training.unknown
 
 
 def test_frozen_models_are_not_trained() -> None:
     found = estimate_memory(Embedder().requires_grad_(False), EstimateOptions(sequence_length=2))
-    assert found.training is not None and "no parameter requires a gradient" in found.training.unknown
+    assert found.training is not None
+    assert "no parameter requires a gradient" in found.training.unknown
 
 
 def test_headers_alone_give_the_weights(headers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([headers, "--dtypes", "float32,fp8"]) == 0
     text = capsys.readouterr().out
-    assert "as stored" in text and "4.00 MiB" in text and "float8_e4m3fn" in text
-    assert "inference: not known. Only the headers" in text and "training: not known." in text
+    assert "as stored" in text
+    assert "4.00 MiB" in text
+    assert "float8_e4m3fn" in text
+    assert "inference: not known. Only the headers" in text
+    assert "training: not known." in text
     assert main([headers, "--inference-only", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["training"] is None and data["weights"][0]["total_bytes"] == 2 * 1024 * 1024
+    assert data["training"] is None
+    assert data["weights"][0]["total_bytes"] == 2 * 1024 * 1024
 
 
 def test_flags_become_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

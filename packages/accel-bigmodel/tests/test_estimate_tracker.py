@@ -101,9 +101,7 @@ def test_forward_and_backward_peak_where_the_allocator_does(fake: bool) -> None:
     tracker = AllocationTracker()
     if fake:
         with FakeTensorMode() as mode, tracker:
-            copied = nn.Sequential(
-                nn.Linear(64, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, 64), nn.LayerNorm(64)
-            )
+            copied = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, 64), nn.LayerNorm(64))
             given = torch.empty(128, 64)
             base = tracker.current_bytes
             tracker.reset_peak()

@@ -175,8 +175,10 @@ def test_a_model_without_memory_gives_the_same_peak_and_stays_as_it_was() -> Non
     options = EstimateOptions(device="cpu")
     assert trace_training(empty, batch, options) == trace_training(real, batch, options)
     assert {each.device.type for each in empty.parameters()} == {"meta"}
-    assert all(each.grad is None for each in real.parameters()) and real.head.weight is real.embed.weight
-    assert empty.training and not empty._forward_pre_hooks
+    assert all(each.grad is None for each in real.parameters())
+    assert real.head.weight is real.embed.weight
+    assert empty.training
+    assert not empty._forward_pre_hooks
 
 
 def test_outputs_that_a_loop_lets_go_of_are_not_counted() -> None:

@@ -66,9 +66,7 @@ def test_a_model_without_linear_layers_has_no_row_for_quantizers() -> None:
 
 def test_headers_give_the_same_without_a_model() -> None:
     shapes = {"a": (torch.bfloat16, (10, 8)), "b": (torch.int64, (3,))}
-    stored = {
-        name: StoredTensor(Path("x"), name, dtype, shape, 0) for name, (dtype, shape) in shapes.items()
-    }
+    stored = {name: StoredTensor(Path("x"), name, dtype, shape, 0) for name, (dtype, shape) in shapes.items()}
     found = {each.name: each for each in stored_weights(stored)}
     assert found["as stored"].total_bytes == 184
     assert found["as stored"].how == "the checkpoint's own bytes (bfloat16, int64)"
@@ -78,6 +76,6 @@ def test_headers_give_the_same_without_a_model() -> None:
 
 
 def test_an_unknown_dtype_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match="'bfloat61' is no dtype.*Did you mean 'bfloat16'"):
+    with pytest.raises(ConfigError, match=r"'bfloat61' is no dtype.*Did you mean 'bfloat16'"):
         weights_of(nn.Linear(2, 2), dtypes=("bfloat61",))
     assert weights_of(nn.Linear(2, 2), dtypes=("fp8", "bf16"))[0].name == "float8_e4m3fn"

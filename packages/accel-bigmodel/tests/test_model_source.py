@@ -98,9 +98,11 @@ def test_a_configuration_builds_the_class_it_names_without_memory(tmp_path: Path
     for name in (tmp_path, tmp_path / "model.safetensors"):
         found = describe_model(str(name))
         assert type(found.model).__name__ == "TinyForCausalLM"
-        assert found.model is not None and found.stored is not None
+        assert found.model is not None
+        assert found.stored is not None
         assert {each.device.type for each in found.model.parameters()} == {"meta"}
-        assert not found.model.training and found.config.model_type == "tiny"
+        assert not found.model.training
+        assert found.config.model_type == "tiny"
     assert describe_model(str(tmp_path / "config.json")).stored is None
 
 
@@ -108,9 +110,9 @@ def test_another_class_may_be_asked_for(tmp_path: Path, installed: dict[str, Any
     installed["transformers"] = stand_in_transformers()
     path = write_config(tmp_path, architectures=None)
     assert isinstance(describe_model(str(path), model_class="AutoModel").model, TinyNet)
-    with pytest.raises(ConfigError, match="names no class in `architectures`.*--model-class"):
+    with pytest.raises(ConfigError, match=r"names no class in `architectures`.*--model-class"):
         describe_model(str(path))
-    with pytest.raises(ConfigError, match="no model class of that name. Did you mean 'TinyForCausalLM'"):
+    with pytest.raises(ConfigError, match=r"no model class of that name. Did you mean 'TinyForCausalLM'"):
         describe_model(str(path), model_class="TinyForCausalML")
 
 
@@ -119,7 +121,7 @@ def test_code_that_comes_with_a_model_runs_only_if_trusted(tmp_path: Path, insta
     installed["transformers"] = stand_in_transformers(AutoModelForCausalLM=auto)
     brought = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Odd"}
     path = write_config(tmp_path, model_type="odd", architectures=["Odd"], auto_map=brought)
-    with pytest.raises(ConfigError, match="code would run here. Read it, then give `trust_remote_code=True`"):
+    with pytest.raises(ConfigError, match=r"code would run here. Read it, then give `trust_remote_code=True`"):
         describe_model(str(path))
     assert isinstance(describe_model(str(path), trust_remote_code=True).model, TinyNet)
 
@@ -127,7 +129,7 @@ def test_code_that_comes_with_a_model_runs_only_if_trusted(tmp_path: Path, insta
 def test_a_model_type_of_a_later_version(tmp_path: Path, installed: dict[str, Any]) -> None:
     installed["transformers"] = stand_in_transformers()
     path = write_config(tmp_path, model_type="future")
-    with pytest.raises(ConfigError, match="makes nothing of .*model type `future`\\)"):
+    with pytest.raises(ConfigError, match=r"makes nothing of .*model type `future`\)"):
         describe_model(str(path))
 
 
@@ -137,7 +139,7 @@ def test_a_configuration_that_cannot_be_built(tmp_path: Path, installed: dict[st
 
     odd = type("TinyForCausalLM", (TinyNet,), {"_from_config": staticmethod(refuse)})
     installed["transformers"] = stand_in_transformers(TinyForCausalLM=odd)
-    with pytest.raises(ConfigError, match="could not be built as 'TinyForCausalLM' .*must be divisible"):
+    with pytest.raises(ConfigError, match=r"could not be built as 'TinyForCausalLM' .*must be divisible"):
         describe_model(str(write_config(tmp_path)))
 
 
@@ -167,7 +169,7 @@ def test_models_of_timm_by_name_and_by_configuration(tmp_path: Path, installed: 
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "tiny_net", "num_classes": 7}))
     model: Any = describe_model(str(tmp_path)).model
     assert model.config.num_classes == 7
-    with pytest.raises(ConfigError, match="has no model 'tiny_nat'. Did you mean 'tiny_net'"):
+    with pytest.raises(ConfigError, match=r"has no model 'tiny_nat'. Did you mean 'tiny_net'"):
         describe_model("timm/tiny_nat")
 
 
@@ -178,7 +180,7 @@ def test_a_timm_that_cannot_be_imported(installed: dict[str, Any], monkeypatch: 
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(model_source, "import_module", fail)
-    with pytest.raises(ConfigError, match="cannot be imported .*torchvision::nms.*belong to this torch"):
+    with pytest.raises(ConfigError, match=r"cannot be imported .*torchvision::nms.*belong to this torch"):
         describe_model("timm/resnet18")
 
 
@@ -193,7 +195,8 @@ def test_a_name_of_a_hub_is_looked_up_in_the_cache_only(tmp_path: Path, installe
     installed["transformers"] = stand_in_transformers()
     installed["huggingface_hub"] = SimpleNamespace(try_to_load_from_cache=look_up)
     found = describe_model("org/tiny")
-    assert found.title == "org/tiny" and isinstance(found.model, TinyNet)
+    assert found.title == "org/tiny"
+    assert isinstance(found.model, TinyNet)
     for name in ("org/other", "odd name"):
         with pytest.raises(ConfigError, match=f"nothing is downloaded by itself.*`hf download {name} config.json`"):
             describe_model(name)
@@ -208,7 +211,7 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ConfigError, match=said):
             describe_model(str(tmp_path / "other.json"))
-    with pytest.raises(ConfigError, match="There is no file or folder .*Did you mean .*weights.bin"):
+    with pytest.raises(ConfigError, match=r"There is no file or folder .*Did you mean .*weights.bin"):
         describe_model(str(tmp_path / "weights.bim"))
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -218,7 +221,7 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
 
 def test_a_class_without_a_configuration(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match="`model_class='AutoModel'` was given .*no configuration beside"):
+    with pytest.raises(ConfigError, match=r"`model_class='AutoModel'` was given .*no configuration beside"):
         describe_model(str(tmp_path), model_class="AutoModel")
 
 
