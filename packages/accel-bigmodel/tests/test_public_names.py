@@ -14,16 +14,44 @@ import accel_bigmodel
 
 def test_public_names() -> None:
     assert sorted(accel_bigmodel.__all__) == [
+        "BnbQuantizationConfig",
+        "DeviceSpeed",
+        "EstimateOptions",
+        "LoadedCheckpoint",
+        "Machine",
+        "ReadSettings",
+        "StoredTensor",
+        "TorchaoQuantizationConfig",
+        "UserCpuOffloadHook",
+        "Workload",
         "__version__",
+        "align_module_device",
         "calculate_maximum_sizes",
+        "check_device_map",
         "compute_module_sizes",
+        "cpu_offload",
+        "cpu_offload_with_hook",
+        "disk_offload",
+        "dispatch_model",
+        "estimate_memory",
+        "explain_device_map",
         "find_tied_parameters",
         "format_bytes",
+        "get_balanced_memory",
+        "get_max_memory",
+        "has_offloaded_params",
+        "infer_auto_device_map",
         "init_empty_weights",
         "init_on_device",
+        "load_and_quantize_model",
+        "load_checkpoint_and_dispatch",
+        "load_checkpoint_in_model",
         "named_module_tensors",
         "print_sizes",
+        "read_index",
+        "remove_hooks",
         "retie_parameters",
+        "set_module_tensor_to_device",
         "size_table",
         "total_size_bytes",
     ]
@@ -33,8 +61,8 @@ def test_public_names() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'accel_bigmodel' has no attribute 'load'"):
-        accel_bigmodel.load  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'accel_bigmodel' has no attribute 'loads'"):
+        accel_bigmodel.loads  # noqa: B018
 
 
 def test_importing_does_not_load_torch() -> None:

@@ -14,10 +14,29 @@ if TYPE_CHECKING:
     from accel.accelerator import Accelerator as Accelerator
     from accel.local_sgd import LocalSGD as LocalSGD
     from accel.project import ProjectConfiguration as ProjectConfiguration
+    from accel_bigmodel import BnbQuantizationConfig as BnbQuantizationConfig
+    from accel_bigmodel import TorchaoQuantizationConfig as TorchaoQuantizationConfig
+    from accel_bigmodel import align_module_device as align_module_device
+    from accel_bigmodel import check_device_map as check_device_map
     from accel_bigmodel import compute_module_sizes as compute_module_sizes
+    from accel_bigmodel import cpu_offload as cpu_offload
+    from accel_bigmodel import cpu_offload_with_hook as cpu_offload_with_hook
+    from accel_bigmodel import disk_offload as disk_offload
+    from accel_bigmodel import dispatch_model as dispatch_model
+    from accel_bigmodel import estimate_memory as estimate_memory
+    from accel_bigmodel import explain_device_map as explain_device_map
     from accel_bigmodel import find_tied_parameters as find_tied_parameters
+    from accel_bigmodel import get_balanced_memory as get_balanced_memory
+    from accel_bigmodel import get_max_memory as get_max_memory
+    from accel_bigmodel import has_offloaded_params as has_offloaded_params
+    from accel_bigmodel import infer_auto_device_map as infer_auto_device_map
     from accel_bigmodel import init_empty_weights as init_empty_weights
     from accel_bigmodel import init_on_device as init_on_device
+    from accel_bigmodel import load_and_quantize_model as load_and_quantize_model
+    from accel_bigmodel import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
+    from accel_bigmodel import load_checkpoint_in_model as load_checkpoint_in_model
+    from accel_bigmodel import remove_hooks as remove_hooks
+    from accel_bigmodel import set_module_tensor_to_device as set_module_tensor_to_device
     from accel_data import DataLoaderConfiguration as DataLoaderConfiguration
     from accel_data import skip_first_batches as skip_first_batches
     from accel_launch.notebook import debug_launcher as debug_launcher
@@ -61,10 +80,29 @@ _HOME = {
     "Accelerator": "accel.accelerator",
     "LocalSGD": "accel.local_sgd",
     "ProjectConfiguration": "accel.project",
+    "BnbQuantizationConfig": "accel_bigmodel",
+    "TorchaoQuantizationConfig": "accel_bigmodel",
+    "align_module_device": "accel_bigmodel",
+    "check_device_map": "accel_bigmodel",
     "compute_module_sizes": "accel_bigmodel",
+    "cpu_offload": "accel_bigmodel",
+    "cpu_offload_with_hook": "accel_bigmodel",
+    "disk_offload": "accel_bigmodel",
+    "dispatch_model": "accel_bigmodel",
+    "estimate_memory": "accel_bigmodel",
+    "explain_device_map": "accel_bigmodel",
     "find_tied_parameters": "accel_bigmodel",
+    "get_balanced_memory": "accel_bigmodel",
+    "get_max_memory": "accel_bigmodel",
+    "has_offloaded_params": "accel_bigmodel",
+    "infer_auto_device_map": "accel_bigmodel",
     "init_empty_weights": "accel_bigmodel",
     "init_on_device": "accel_bigmodel",
+    "load_and_quantize_model": "accel_bigmodel",
+    "load_checkpoint_and_dispatch": "accel_bigmodel",
+    "load_checkpoint_in_model": "accel_bigmodel",
+    "remove_hooks": "accel_bigmodel",
+    "set_module_tensor_to_device": "accel_bigmodel",
     "DataLoaderConfiguration": "accel_data",
     "skip_first_batches": "accel_data",
     "debug_launcher": "accel_launch.notebook",
