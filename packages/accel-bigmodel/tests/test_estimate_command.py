@@ -77,6 +77,7 @@ def test_a_batch_and_a_loss_may_be_given() -> None:
     assert found.training is not None
     assert found.training.peak is not None
     assert found.training.peak.parts["inputs"] == 2 * 16 * 8 * 4
+    assert "training (the batch given, adamw)" in found.text()
 
 
 def test_what_cannot_be_traced_is_said_and_no_figure_is_given() -> None:

@@ -101,6 +101,7 @@ def estimate_memory(
         inference=inference,
         generation=generation,
         training=training,
+        given_inputs=inputs is not None,
         notes=_notes(options, known.config),
     )
 

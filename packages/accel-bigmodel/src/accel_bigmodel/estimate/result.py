@@ -42,6 +42,8 @@ class MemoryEstimate:
     """The forward of the last of `new_tokens`; ``None`` where none were asked for."""
     training: Run | None = None
     """``None`` where it was not asked for."""
+    given_inputs: bool = False
+    """Whether the batch was given, so that the sizes in `options` do not tell of it."""
     notes: tuple[str, ...] = field(default=())
     """What the figures leave out, and what they assume."""
 
@@ -52,6 +54,7 @@ class MemoryEstimate:
             "options": {name: _plain(value) for name, value in asdict(self.options).items()},
             "weights": [asdict(each) for each in self.weights],
             **{name: _run_dict(getattr(self, name)) for name in ("inference", "generation", "training")},
+            "given_inputs": self.given_inputs,
             "notes": list(self.notes),
         }
 
@@ -62,7 +65,7 @@ class MemoryEstimate:
         runs = (("inference", self.inference), ("generation", self.generation), ("training", self.training))
         for name, run in runs:
             if run is not None:
-                lines += ["", *_run_lines(name, run, self.options)]
+                lines += ["", *_run_lines(name, run, self.options, self.given_inputs)]
         lines += ["", *(f"* {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 
@@ -83,10 +86,10 @@ _HOW: Mapping[str, str] = {
 }
 
 
-def _run_lines(name: str, run: Run, options: EstimateOptions) -> list[str]:
+def _run_lines(name: str, run: Run, options: EstimateOptions, given: bool) -> list[str]:
     if run.peak is None:
         return [f"{name}: not known. {run.unknown}"]
-    head = f"{name} ({_described(name, options)})"
+    head = f"{name} ({_described(name, options, given)})"
     rows = [(head, "size", "how")]
     for part, size in sorted(run.peak.parts.items(), key=lambda item: -item[1]):
         how = _HOW.get(part, "")
@@ -96,9 +99,9 @@ def _run_lines(name: str, run: Run, options: EstimateOptions) -> list[str]:
     return _table(rows)
 
 
-def _described(name: str, options: EstimateOptions) -> str:
-    words = [f"batch {options.batch_size}"]
-    if options.sequence_length is not None:
+def _described(name: str, options: EstimateOptions, given: bool) -> str:
+    words = ["the batch given" if given else f"batch {options.batch_size}"]
+    if options.sequence_length is not None and not given:
         words.append(f"length {options.sequence_length}")
     if name == "generation":
         words.append(f"{options.new_tokens} new tokens")
