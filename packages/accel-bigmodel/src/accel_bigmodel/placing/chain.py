@@ -123,7 +123,7 @@ class ChainBuilder:
         self._share = expert_share
         self._element_bytes: dict[torch.dtype, float] = {}
         self._shapes: dict[tuple[object, ...], tuple[float, int, int]] = {}
-        self._by_dtype: Counter[torch.dtype] = Counter()
+        self._by_dtype: dict[torch.dtype, int] = {}
         self._layers: list[Layer] = []
         self._owner: dict[Hashable, tuple[int, str, int, bool]] = {}
         self._shared: dict[Hashable, list[tuple[int, str]]] = {}
@@ -142,9 +142,10 @@ class ChainBuilder:
         """A tensor of the layer that is being collected. One that it has already is not counted again."""
         if self._tied:
             identity = self._tied.get(name, identity)
-        if identity in self._seen:
+        number = len(self._layers)
+        owner = self._owner.get(identity)
+        if owner is not None and (owner[0] == number or self._shared.get(identity, [owner[:2]])[-1][0] == number):
             return
-        self._seen.add(identity)
         special = self._special.get(name) if self._special else None
         each = self._bytes_of(dtype) if special is None else dtype_size_bytes(special)
         count = math.prod(shape)
@@ -153,13 +154,12 @@ class ChainBuilder:
             self._buffer_bytes += size
         else:
             self._weight_bytes += size
-            self._by_dtype[dtype] += count
+            self._by_dtype[dtype] = self._by_dtype.get(dtype, 0) + count
             self._sides.append((shape, is_expert))
-        owner = self._owner.get(identity)
         if owner is None:
-            self._owner[identity] = (len(self._layers), name, size, is_buffer)
+            self._owner[identity] = (number, name, size, is_buffer)
         else:
-            self._shared.setdefault(identity, [owner[:2]]).append((len(self._layers), name))
+            self._shared.setdefault(identity, [owner[:2]]).append((number, name))
 
     def end_layer(self, name: str, kind: str, *, is_block: bool = False, is_lookup: bool = False) -> None:
         """The tensors since the last layer are those of this one."""
@@ -195,8 +195,7 @@ class ChainBuilder:
             _, _, size, is_buffer = self._owner[identity]
             over = twice.setdefault(_find(root, holders[0][0]), [0, 0])
             over[is_buffer] += size * (len(holders) - 1)
-        common = self._by_dtype.most_common(1)
-        held = common[0][0] if common else torch.get_default_dtype()
+        held = max(self._by_dtype, key=self._by_dtype.__getitem__, default=torch.get_default_dtype())
         return Chain(
             layers=tuple(self._layers),
             units=tuple(self._unit(layers, twice.get(first, [0, 0])) for first, layers in members.items()),
@@ -213,7 +212,6 @@ class ChainBuilder:
         )
 
     def _reset(self) -> None:
-        self._seen: set[Hashable] = set()
         self._sides: list[tuple[tuple[int, ...], bool]] = []
         self._weight_bytes = self._buffer_bytes = 0
 
