@@ -6,7 +6,8 @@ Besides what `run.py` compares, this can be run alone, from a checkout with noth
 
 It then prints the speed of every side that this interpreter has, and of ours by its settings. Time counts from a model
 without values and an accelerator without cached memory until all values can be used: on the CPU until every page of
-them was looked at, as mapping a file alone reads nothing.
+them was looked at, as mapping a file alone reads nothing. There two things are compared: weights with memory of their
+own, for which the others, who map the file, have to copy it; and weights that are mapped.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ __all__ = ["block", "comparisons", "main"]
 
 ROWS, COLUMNS = 8192, 4096
 LAYER_BYTES = 2 * (ROWS * COLUMNS + ROWS)
-SIZES_GB = {"cpu": 1.0, "cuda": 8.6}
+SIZES_GB = {"cpu": 1.0, "mapped": 1.0, "cuda": 8.6}
+"""By variant: to memory of the CPU, to a mapped file, to an accelerator."""
 GPU_GOAL_GB_S = 40.0
 NUM_FILES = 4
 SIDES = ("accel", "accelerate", "torch")
@@ -47,24 +49,29 @@ def comparisons(sides: dict[str, Side]) -> list[Comparison]:
     """Against accelerate, and beside it the format's own library (`torch`); to a GPU too, where there is one."""
     having = {name: side for name, side in sides.items() if name in SIDES}
     reference = next(name for name in ("accelerate", "torch") if name in having)
-    devices = ["cpu", *(["cuda"] if Path("/dev/nvidia0").exists() else [])]
+    rows: list[tuple[str, str, str | None, float]] = [
+        ("cpu", "to memory of its own on the CPU", reference, 1.0),
+        ("mapped", "by mapping it on the CPU", reference, 1.0),
+    ]
+    if Path("/dev/nvidia0").exists():
+        rows.append(("cuda", "to a GPU", None, SIZES_GB["cuda"] / GPU_GOAL_GB_S))
     return [
         Comparison(
             key="P3",
-            title=f"loading {SIZES_GB[device]:g} GB of bfloat16 to {device}, page cache (torch: `load_file`)",
-            reference=reference if device == "cpu" else None,
-            by="ratio" if device == "cpu" else "time",
-            goal=1.0 if device == "cpu" else SIZES_GB[device] / GPU_GOAL_GB_S,
-            samplers={name: partial(_loading, side, device) for name, side in having.items()},
+            title=f"{SIZES_GB[variant]:g} GB of bfloat16 from the page cache {how} (torch: safetensors' own)",
+            reference=against,
+            by="time" if against is None else "ratio",
+            goal=goal,
+            samplers={name: partial(_loading, side, variant) for name, side in having.items()},
         )
-        for device in devices
+        for variant, how, against, goal in rows
     ]
 
 
 @contextmanager
-def _loading(side: Side, device: str) -> Iterator[Sampler]:
-    folder = _checkpoint(SIZES_GB[device]).name
-    with workers(side, "loading", f"{device}={folder}")() as sample:
+def _loading(side: Side, variant: str) -> Iterator[Sampler]:
+    folder = _checkpoint(SIZES_GB[variant]).name
+    with workers(side, "loading", f"{variant}={folder}")() as sample:
         yield sample
 
 
@@ -97,10 +104,15 @@ def _checkpoint(size_gb: float) -> tempfile.TemporaryDirectory[str]:
 
 
 def block(side: str, variant: str) -> Callable[[], float]:
-    """Load once to the device, from the folder, that `variant` names."""
-    device, _, folder = variant.partition("=")
-    load = {"accel": _ours, "accelerate": _peer, "torch": _plain}[side]
-    return partial(_measured, partial(load, folder, device), folder, device)
+    """Load once in the way, from the folder, that `variant` names."""
+    way, _, folder = variant.partition("=")
+    device = "cuda" if way == "cuda" else "cpu"
+    load: Callable[[Any], None]
+    if side == "accel":
+        load = partial(_ours, folder, device, mmap=way == "mapped")
+    else:
+        load = partial({"accelerate": _peer, "torch": _plain}[side], folder, device, copies=way == "cpu")
+    return partial(_measured, load, folder, device)
 
 
 def _measured(load: Callable[[Any], None], folder: str, device: str) -> float:
@@ -132,22 +144,29 @@ def _empty(folder: str) -> Any:
         return torch.nn.Sequential(*(torch.nn.Linear(COLUMNS, ROWS, dtype=torch.bfloat16) for _ in range(layers)))
 
 
-def _ours(folder: str, device: str, model: Any, *, mmap: bool = False, **reading: int) -> None:
+def _ours(folder: str, device: str, model: Any, *, mmap: bool = False, **reading: Any) -> None:
     loading = import_module("accel_bigmodel.loading")
     settings = loading.ReadSettings(**reading)
     loading.load_checkpoint_in_model(model, folder, {"": device}, mmap=mmap, progress=False, reading=settings)
 
 
-def _peer(folder: str, device: str, model: Any) -> None:
+def _peer(folder: str, device: str, model: Any, *, copies: bool) -> None:
     where = 0 if device.startswith("cuda") else device
     import_module(PACKAGE_OF["accelerate"]).load_checkpoint_in_model(model, folder, {"": where})
+    _own_memory(model, copies)
 
 
-def _plain(folder: str, device: str, model: Any) -> None:
+def _own_memory(model: Any, copies: bool) -> None:
+    for each in model.parameters() if copies else ():
+        each.data = each.data.clone()
+
+
+def _plain(folder: str, device: str, model: Any, *, copies: bool) -> None:
     """The format's own library, file by file."""
     load_file = import_module("safetensors.torch").load_file
     for file in sorted(Path(folder).glob("*.safetensors")):
         model.load_state_dict(load_file(file, device=device), strict=False, assign=True)
+    _own_memory(model, copies)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,10 +186,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for chunk_mb in options.chunk_mb or [8]:
             title = f"ours, {threads} threads of {chunk_mb} MiB"
             runs[title] = partial(_ours, folder, options.device, num_threads=threads, chunk_bytes=chunk_mb << 20)
-    if options.device == "cpu":
+    on_cpu = options.device == "cpu"
+    for title, peer in (("accelerate", _peer), ("safetensors", _plain)):
+        runs[title] = partial(peer, folder, options.device, copies=on_cpu)
+        if on_cpu:
+            runs[f"{title}, mapped"] = partial(peer, folder, options.device, copies=False)
+    if on_cpu:
+        runs["ours, large pages"] = partial(_ours, folder, options.device, large_pages=True)
         runs["ours, mapped"] = partial(_ours, folder, options.device, mmap=True)
-    runs["accelerate"] = partial(_peer, folder, options.device)
-    runs["safetensors"] = partial(_plain, folder, options.device)
     times: dict[str, list[float]] = {title: [] for title in runs}
     for turn in range(options.repeats + 1):
         for title, load in runs.items():

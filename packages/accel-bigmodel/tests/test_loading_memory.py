@@ -25,6 +25,7 @@ WIDTH, LAYERS = 2048, 8
 TENSOR_BYTES = WIDTH * WIDTH * 4
 MODEL_BYTES = LAYERS * TENSOR_BYTES
 READING = ReadSettings(num_threads=2, chunk_bytes=1 << 20)
+LARGE = ReadSettings(num_threads=2, chunk_bytes=1 << 20, large_pages=True)
 STAGING_BYTES = 2 * 2 * READING.chunk_bytes
 SLACK_BYTES = 6 << 20
 """Stacks and arenas of threads, modules imported on the way, pages at both ends."""
@@ -79,7 +80,7 @@ def load(path: str, full: bool, arguments: dict[str, Any]) -> tuple[int, float]:
         with init_empty_weights():
             model = make()
     with Peak() as memory:
-        load_checkpoint_in_model(model, path, reading=READING, **arguments)
+        load_checkpoint_in_model(model, path, **{"reading": READING, **arguments})
     total = sum(each.double().sum().item() for each in model.parameters() if not each.is_meta)
     return memory.peak - memory.before, total
 
@@ -104,6 +105,7 @@ def on_disk(folder: Path) -> dict[str, Any]:
         pytest.param(False, lambda _: {}, MODEL_BYTES, id="as stored"),
         pytest.param(False, lambda _: {"dtype": "bf16"}, MODEL_BYTES // 2, id="converted"),
         pytest.param(True, lambda _: {}, 0, id="in place"),
+        pytest.param(False, lambda _: {"reading": LARGE}, MODEL_BYTES, id="in large pages"),
         pytest.param(False, lambda _: {"mmap": True}, 0, id="mapped"),
         pytest.param(False, on_disk, 0, id="converted on disk"),
         pytest.param(True, lambda _: {"dtype": "float64"}, MODEL_BYTES, id="larger, the old let go of"),

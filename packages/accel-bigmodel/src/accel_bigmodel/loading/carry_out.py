@@ -43,7 +43,7 @@ class Prepared:
         return [delivery for each, memory in self.memory for delivery in each.deliveries(memory)]
 
 
-def make_room(model: nn.Module, plan: LoadPlan, *, mmap: bool = False) -> Prepared:
+def make_room(model: nn.Module, plan: LoadPlan, *, mmap: bool = False, large_pages: bool = False) -> Prepared:
     """Memory for all that goes to a device. Values that would be overwritten elsewhere are let go of before.
 
     Raises:
@@ -66,7 +66,7 @@ def make_room(model: nn.Module, plan: LoadPlan, *, mmap: bool = False) -> Prepar
         wanted.append((each.of.name, tuple(each.of.tensor.shape), each.dtype, each.place))
     return Prepared(
         [(each, each.of.tensor) for each in plan.in_memory if each.stays]
-        + list(zip(new, allocate(wanted), strict=True)),
+        + list(zip(new, allocate(wanted, large_pages=large_pages), strict=True)),
         mapped,
     )
 
@@ -89,7 +89,7 @@ def carry_out(model: nn.Module, plan: LoadPlan, options: LoadOptions, read: Read
     stored, pending = _on_disk(plan, options)
     with ExitStack() as stack:
         file = None if pending is None else stack.enter_context(pending.open())
-        prepared = make_room(model, plan, mmap=options.mmap)
+        prepared = make_room(model, plan, mmap=options.mmap, large_pages=options.reading.large_pages)
         deliveries = prepared.deliveries()
         if pending is not None and file is not None:
             deliveries += pending.deliveries(file)

@@ -32,6 +32,10 @@ class ReadSettings:
     chunk_bytes: int = 8 << 20
     """Most that is read at once. Each thread has two staging buffers of this size where values go to an accelerator or
     are converted."""
+    large_pages: bool = False
+    """Whether new memory of the CPU is asked for in large pages, where the system gives such when asked. They cost far
+    fewer faults, so loading is faster where memory is at hand; on virtual machines that give free memory back to their
+    host it is slower. Nothing changes for what goes to an accelerator, or has memory already."""
 
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:

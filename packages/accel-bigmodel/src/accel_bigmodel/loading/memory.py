@@ -43,7 +43,9 @@ def check_plain(each: ModelTensor) -> None:
         )
 
 
-def allocate(wanted: Sequence[tuple[str, tuple[int, ...], torch.dtype, torch.device]]) -> list[torch.Tensor]:
+def allocate(
+    wanted: Sequence[tuple[str, tuple[int, ...], torch.dtype, torch.device]], *, large_pages: bool = False
+) -> list[torch.Tensor]:
     """A tensor without values for each name, shape, dtype and device; each has memory of its own.
 
     An accelerator's memory is asked for once: what is given back at once to torch's allocator serves all of them, as
@@ -70,7 +72,7 @@ def allocate(wanted: Sequence[tuple[str, tuple[int, ...], torch.dtype, torch.dev
                 f"left there. Map less to it (`accel plan` shows what fits), free what lies there, or give a smaller "
                 f"`dtype`."
             ) from error
-        if device.type == "cpu":
+        if large_pages and device.type == "cpu":
             prefer_large_pages(tensor)
         made.append(tensor)
     return made
@@ -88,7 +90,7 @@ def prefer_large_pages(tensor: torch.Tensor) -> None:
     """Have the system back memory of the host that is not used yet by large pages, where it does so when asked.
 
     Each page costs a fault when it is first written, and of small ones there are 512 times as many: faults then take
-    longer than the reading.
+    longer than the reading. Where a host has to back the page first, though, a large one takes the longer.
     """
     size = tensor.untyped_storage().nbytes()
     advise = _madvise()

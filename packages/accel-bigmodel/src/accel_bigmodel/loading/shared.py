@@ -56,7 +56,7 @@ def load_shared(model: nn.Module, path: Path, options: LoadOptions, process: Pro
     plan = _agree(lambda: _plan(model, view, options, path, process), process)
     names = [source.name for each in plan.tensors for source, _ in each.parts]
     wanted_by_any = {name for each in gather_object([names], process=process) for name in each}
-    prepared = _agree(lambda: make_room(model, plan), process)
+    prepared = _agree(lambda: make_room(model, plan, large_pages=options.reading.large_pages), process)
     wanted = [source for name, source in view.sources.items() if name in wanted_by_any]
     with Progress(sum(each.nbytes for each in wanted), shown=options.progress) as progress:
         rounds = _agree(lambda: _Rounds(process, view, wanted, prepared.deliveries(), progress), process)
