@@ -47,7 +47,8 @@ def find_blocks(
         return _of_classes(model, _as_tuple(classes))
     if min_num_params is not None:
         return _of_size(model, min_num_params)
-    return _unsplit(model) or _repeated(model)
+    named = list(model.named_modules())
+    return _unsplit(model, named) or _repeated(model, named)
 
 
 def outermost(blocks: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
@@ -62,8 +63,11 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(len(parts))]
 
 
-def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if module is not model and _is_called(module)]
+Named = list[tuple[str, nn.Module]]
+
+
+def _candidates(model: nn.Module, named: Named) -> Named:
+    return [(name, module) for name, module in named if module is not model and _is_called(module)]
 
 
 def _is_called(module: nn.Module) -> bool:
@@ -86,7 +90,7 @@ def _of_classes(model: nn.Module, classes: tuple[str | type[nn.Module], ...]) ->
             "Blocks were asked for by class with an empty list, which no module matches. Name the class of a block, "
             "or leave it out to have blocks found."
         )
-    candidates = _candidates(model)
+    candidates = _candidates(model, list(model.named_modules()))
     for each in classes:
         if not any(_is_of(module, each) for _, module in candidates):
             _refuse_class(model, each, {name for _, module in candidates for name in _class_names(module)})
@@ -159,21 +163,36 @@ def _may_be_alone(model: nn.Module, name: str, module: nn.Module) -> bool:
     return _is_called(module) and not isinstance(model.get_submodule(parent), nn.MultiheadAttention)
 
 
-def _unsplit(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _unsplit(model: nn.Module, named: Named) -> Named:
     # Every part is asked, so the list is found through wrappers, and each model of a composite one has its say.
-    lists = [_as_tuple(getattr(module, "_no_split_modules", None) or ()) for module in model.modules()]
+    # Classes are asked first: what a module does not have is looked for in three dictionaries, and fails slowly.
+    having = {kind for kind in {type(module) for _, module in named} if hasattr(kind, "_no_split_modules")}
+    lists = [
+        _as_tuple(getattr(module, "_no_split_modules", None) or ())
+        for _, module in named
+        if type(module) in having or "_no_split_modules" in module.__dict__
+    ]
     names = {name for each in lists for name in each}
-    blocks = [(name, module) for name, module in _candidates(model) if names.intersection(_class_names(module))]
+    if not names:
+        return []
+    blocks = [(name, module) for name, module in _candidates(model, named) if names.intersection(_class_names(module))]
     return outermost(blocks)
 
 
-def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    members = {member for holder in model.modules() for member in _alike(holder)}
-    candidates = [(name, module) for name, module in _candidates(model) if module in members]
-    return outermost((name, module) for name, module in candidates if next(module.parameters(), None) is not None)
+def _repeated(model: nn.Module, named: Named) -> Named:
+    members = {member for _, holder in named for member in _alike(holder)}
+    found: Named = []
+    for name, module in named:
+        # What is inside of a module comes right behind it, so the outermost ones are known in one pass.
+        inside = bool(found) and name.startswith(f"{found[-1][0]}.")
+        if not inside and module in members and module is not model and next(module.parameters(), None) is not None:
+            found.append((name, module))
+    return found
 
 
 def _alike(holder: nn.Module) -> list[nn.Module]:
+    if not isinstance(holder, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return []
     members = [member for member in holder.children() if _is_called(member)]
     kinds = Counter(_kind(member) for member in members)
     if not members or max(kinds.values()) == 1:
