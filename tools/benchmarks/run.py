@@ -18,7 +18,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import checkpoint as saving
 from benchmarks import compile as compilation
-from benchmarks import ddp, deepspeed, device_map, dispatch, fsdp, gather, importing, launch, loader, page, resume, step
+from benchmarks import (
+    ddp,
+    deepspeed,
+    device_map,
+    dispatch,
+    fsdp,
+    gather,
+    importing,
+    launch,
+    loader,
+    loading,
+    offload,
+    page,
+    resume,
+    step,
+)
 from benchmarks.compare import Comparison, Outcome
 from benchmarks.compare import run as run_comparison
 from benchmarks.sides import Side, inspect_sides
@@ -27,6 +42,7 @@ __all__ = ["main"]
 
 MEASUREMENTS = (
     step, ddp, fsdp, deepspeed, gather, loader, dispatch, resume, saving, launch, importing, compilation, device_map,
+    loading, offload,
 )  # fmt: skip
 
 

@@ -14,12 +14,17 @@ if TYPE_CHECKING:
     from accel_bigmodel.dispatch import dispatch_model as dispatch_model
     from accel_bigmodel.estimate.options import EstimateOptions as EstimateOptions
     from accel_bigmodel.estimate.predict import estimate_memory as estimate_memory
+    from accel_bigmodel.estimate.result import MemoryEstimate as MemoryEstimate
+    from accel_bigmodel.estimate.tracker import AllocationTracker as AllocationTracker
     from accel_bigmodel.init import init_empty_weights as init_empty_weights
     from accel_bigmodel.init import init_on_device as init_on_device
+    from accel_bigmodel.kv_cache import kv_cache_bytes_per_layer as kv_cache_bytes_per_layer
     from accel_bigmodel.loading import LoadedCheckpoint as LoadedCheckpoint
     from accel_bigmodel.loading import ReadSettings as ReadSettings
     from accel_bigmodel.loading import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
     from accel_bigmodel.loading import load_checkpoint_in_model as load_checkpoint_in_model
+    from accel_bigmodel.model_source import ModelDescription as ModelDescription
+    from accel_bigmodel.model_source import describe_model as describe_model
     from accel_bigmodel.offload.access import align_module_device as align_module_device
     from accel_bigmodel.offload.access import set_module_tensor_to_device as set_module_tensor_to_device
     from accel_bigmodel.offload.handover import UserCpuOffloadHook as UserCpuOffloadHook
@@ -28,14 +33,18 @@ if TYPE_CHECKING:
     from accel_bigmodel.offload.offloading import disk_offload as disk_offload
     from accel_bigmodel.offload.offloading import has_offloaded_params as has_offloaded_params
     from accel_bigmodel.offload.offloading import remove_hooks as remove_hooks
+    from accel_bigmodel.placing import DeviceMap as DeviceMap
     from accel_bigmodel.placing import DeviceSpeed as DeviceSpeed
+    from accel_bigmodel.placing import Explanation as Explanation
     from accel_bigmodel.placing import Machine as Machine
+    from accel_bigmodel.placing import Plan as Plan
     from accel_bigmodel.placing import Workload as Workload
     from accel_bigmodel.placing import check_device_map as check_device_map
     from accel_bigmodel.placing import explain_device_map as explain_device_map
     from accel_bigmodel.placing import get_balanced_memory as get_balanced_memory
     from accel_bigmodel.placing import get_max_memory as get_max_memory
     from accel_bigmodel.placing import infer_auto_device_map as infer_auto_device_map
+    from accel_bigmodel.placing import plan_model as plan_model
     from accel_bigmodel.quantize.load import load_and_quantize_model as load_and_quantize_model
     from accel_bigmodel.quantize.options import BnbQuantizationConfig as BnbQuantizationConfig
     from accel_bigmodel.quantize.options import TorchaoQuantizationConfig as TorchaoQuantizationConfig
@@ -52,11 +61,17 @@ if TYPE_CHECKING:
     from accel_bigmodel.tied import retie_parameters as retie_parameters
 
 _HOME = {
+    "AllocationTracker": "estimate.tracker",
     "BnbQuantizationConfig": "quantize.options",
+    "DeviceMap": "placing",
     "DeviceSpeed": "placing",
     "EstimateOptions": "estimate.options",
+    "Explanation": "placing",
     "LoadedCheckpoint": "loading",
     "Machine": "placing",
+    "MemoryEstimate": "estimate.result",
+    "ModelDescription": "model_source",
+    "Plan": "placing",
     "ReadSettings": "loading",
     "StoredTensor": "stored",
     "TorchaoQuantizationConfig": "quantize.options",
@@ -68,6 +83,7 @@ _HOME = {
     "compute_module_sizes": "sizes",
     "cpu_offload": "offload.offloading",
     "cpu_offload_with_hook": "offload.handover",
+    "describe_model": "model_source",
     "disk_offload": "offload.offloading",
     "dispatch_model": "dispatch",
     "estimate_memory": "estimate.predict",
@@ -80,10 +96,12 @@ _HOME = {
     "infer_auto_device_map": "placing",
     "init_empty_weights": "init",
     "init_on_device": "init",
+    "kv_cache_bytes_per_layer": "kv_cache",
     "load_and_quantize_model": "quantize.load",
     "load_checkpoint_and_dispatch": "loading",
     "load_checkpoint_in_model": "loading",
     "named_module_tensors": "sizes",
+    "plan_model": "placing",
     "print_sizes": "sizes",
     "read_index": "stored",
     "remove_hooks": "offload.offloading",

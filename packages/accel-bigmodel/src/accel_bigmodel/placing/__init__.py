@@ -8,6 +8,7 @@
 `cost`        bytes in every place and seconds a forward, for any placement
 `search`      placements: the fastest, the most even, the first that fits
 `plan`        a placement as a device map, or why there is none
+`kept`        bytes of keys and values in each layer
 `infer`       `infer_auto_device_map`, `get_balanced_memory`
 `check`       `check_device_map`
 `explain`     `explain_device_map`: tables and numbers

@@ -11,7 +11,7 @@ from torch import nn
 from accel_bigmodel.placing.census import census
 from accel_bigmodel.placing.chain import Chain
 from accel_bigmodel.placing.cost import PlaceUse, Problem
-from accel_bigmodel.placing.infer import kv_of_layers
+from accel_bigmodel.placing.kept import kv_of_layers
 from accel_bigmodel.placing.memory import UNLIMITED, get_max_memory, is_store, place_key, shown_place
 from accel_bigmodel.placing.plan import Plan, with_disk
 from accel_bigmodel.placing.workload import Machine, Workload

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from accel_bigmodel.placing.census import census
-from accel_bigmodel.placing.chain import Chain
+from accel_bigmodel.placing.kept import kv_of_layers
 from accel_bigmodel.placing.memory import DeviceMap, get_max_memory, place_key
 from accel_bigmodel.placing.plan import Plan, plan_device_map
 from accel_bigmodel.placing.search import Strategy
 from accel_bigmodel.placing.workload import Machine, Workload
 
-__all__ = ["get_balanced_memory", "infer_auto_device_map", "kv_of_layers", "plan_model"]
+__all__ = ["get_balanced_memory", "infer_auto_device_map", "plan_model"]
 
 
 def infer_auto_device_map(
@@ -157,34 +156,3 @@ def get_balanced_memory(
     computing = plan.problem.places[: plan.problem.num_computing]
     uses = {use.place: use.used_bytes for use in plan.prediction.uses}
     return {place: uses[place] if place in computing[:-1] else size for place, size in budgets.items()}
-
-
-def kv_of_layers(chain: Chain, config: Any, workload: Workload | None) -> list[int] | None:
-    """Bytes of keys and values of each layer of a chain; ``None`` where the configuration does not tell them.
-
-    They belong to the blocks, of an encoder-decoder to those of the decoder. Where the numbers of both differ, all
-    blocks take an equal part.
-    """
-    if workload is None or not workload.kv_cache or config is None:
-        return None
-    from accel_bigmodel.kv_cache import kv_cache_bytes_per_layer
-
-    sizes = kv_cache_bytes_per_layer(
-        config,
-        batch_size=workload.batch_size,
-        length=workload.sequence_length,
-        dtype=chain.dtype if workload.dtype is None else workload.dtype,
-    )
-    if not any(sizes):
-        return None
-    found = [0] * len(chain.layers)
-    groups = chain.block_groups()
-    fitting = next((group for group in reversed(groups) if len(group) == len(sizes)), None)
-    if fitting is not None:
-        for layer, size in zip(fitting, sizes, strict=True):
-            found[layer] = size
-        return found
-    holders = [layer for group in groups for layer in group] or list(range(len(found)))
-    for layer in holders:
-        found[layer] = -(-sum(sizes) // len(holders))
-    return found

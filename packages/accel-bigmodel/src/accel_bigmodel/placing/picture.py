@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from accel_bigmodel.placing.cost import PlaceUse
 from accel_bigmodel.placing.memory import UNLIMITED, shown_place
+from accel_bigmodel.placing.plan import Plan
 from accel_bigmodel.placing.shown import layers_text
 from accel_bigmodel.sizes import format_bytes
-
-if TYPE_CHECKING:
-    from accel_bigmodel.placing.explain import Explanation
 
 __all__ = ["html", "svg"]
 
@@ -38,7 +36,19 @@ th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 td:nth-child(2){white-space:normal;overflow-wrap:anywhere;min-width:12rem}"""
 
 
-def svg(explanation: Explanation) -> str:
+class Shown(Protocol):
+    """What is drawn; `Explanation` is it."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def title(self) -> str: ...
+    def shown_uses(self) -> list[PlaceUse]: ...
+    def statements(self) -> list[str]: ...
+    def rows(self) -> list[tuple[str, ...]]: ...
+
+
+def svg(explanation: Shown) -> str:
     """The picture as one SVG element."""
     uses = explanation.shown_uses()
     height = _ROW_TOP + _ROW_HEIGHT * len(uses) + 56
@@ -62,7 +72,7 @@ def svg(explanation: Explanation) -> str:
     return "\n".join([*lines, "</svg>"])
 
 
-def html(explanation: Explanation) -> str:
+def html(explanation: Shown) -> str:
     """A whole page."""
     heads, *rows = explanation.rows()
     title = escape(f"Device map of {explanation.title}")
@@ -93,7 +103,7 @@ def html(explanation: Explanation) -> str:
 """
 
 
-def _strip(explanation: Explanation) -> Iterator[str]:
+def _strip(explanation: Shown) -> Iterator[str]:
     """The model in order, as wide as its bytes, in the colours of the places."""
     plan = explanation.plan
     yield _text(_MARGIN, _STRIP_TOP + 20, "in order", fill="#4b5563")
@@ -116,7 +126,7 @@ def _strip(explanation: Explanation) -> Iterator[str]:
         x += width
 
 
-def _row(explanation: Explanation, use: PlaceUse, top: int, scale: int) -> Iterator[str]:
+def _row(explanation: Shown, use: PlaceUse, top: int, scale: int) -> Iterator[str]:
     """One place: its name, how full it is, and what is in it."""
     limit = _limit(use)
     share = f" of {format_bytes(limit)} ({use.share:.1%})" if limit is not None else ", no limit"
