@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from accel_bigmodel.loading.model_tensor import ModelTensor
+from accel_bigmodel.loading.model_tensor import ModelTensor, is_sharded
 from accel_bigmodel.sizes import format_bytes
 from accel_state.errors import ConfigError
 
@@ -30,7 +29,7 @@ def check_plain(each: ModelTensor) -> None:
         ConfigError: for those.
     """
     tensor = each.tensor
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
         if tensor.device.type == "meta":
             raise ConfigError(
                 f"`{each.name}` is sharded and on the meta device, and its parts have no memory to read into. Call "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
@@ -12,7 +14,17 @@ from torch.nn.parameter import is_lazy
 from accel_bigmodel.tied import tensor_identity
 from accel_state.errors import ConfigError
 
-__all__ = ["ModelTensor", "model_tensors", "put"]
+__all__ = ["ModelTensor", "is_sharded", "model_tensors", "put"]
+
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether this rank has a part of it. Where nobody imported that class, which takes long, nothing is of it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 @dataclass(slots=True, eq=False)

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from accel_bigmodel.loading.box import Box, whole
 from accel_bigmodel.loading.delivery import Delivery, ReadSettings
 from accel_bigmodel.loading.fused import Part
 from accel_bigmodel.loading.match import Match, match
 from accel_bigmodel.loading.memory import check_plain
-from accel_bigmodel.loading.model_tensor import ModelTensor, model_tensors
+from accel_bigmodel.loading.model_tensor import ModelTensor, is_sharded, model_tensors
 from accel_bigmodel.loading.place import DISK, DeviceMap, DTypeRule, Place, places_of
 from accel_bigmodel.loading.source import Source
 from accel_bigmodel.stored import StoredTensor, map_tensor
 from accel_state.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["LoadOptions", "LoadPlan", "PlannedTensor", "plan_load"]
 
@@ -69,7 +72,7 @@ class PlannedTensor:
     def stays(self) -> bool:
         """Whether the model's tensor has the memory already that is to be filled."""
         tensor = self.of.tensor
-        return tensor.device == self.place and (tensor.dtype == self.dtype or isinstance(tensor, DTensor))
+        return tensor.device == self.place and (tensor.dtype == self.dtype or is_sharded(tensor))
 
     def mapped(self) -> torch.Tensor | None:
         """The tensor with its file as memory, if it is to be on the CPU as it is stored and has no memory yet."""
@@ -83,7 +86,7 @@ class PlannedTensor:
     def deliveries(self, memory: torch.Tensor) -> Iterable[Delivery]:
         """What fills `memory`, which is its own or is to become so."""
         memory = memory.detach()
-        if isinstance(memory, DTensor):
+        if is_sharded(memory):
             box = _local_box(self.of.name, memory)
             if all(begin < end for begin, end in box):
                 yield Delivery(self.parts[0][0], box, memory.to_local())
@@ -137,7 +140,7 @@ def plan_load(model: nn.Module, sources: Mapping[str, Source], options: LoadOpti
 
 def _checked(planned: PlannedTensor, options: LoadOptions) -> PlannedTensor:
     tensor = planned.of.tensor
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return planned
     if planned.place == DISK or not planned.stays:
         raise ConfigError(

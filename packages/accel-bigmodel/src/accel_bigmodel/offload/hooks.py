@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from accel_bigmodel.offload.saved import current_hooks
 from accel_bigmodel.offload.unit import Unit
@@ -36,16 +38,31 @@ class _Hook:
         )
 
 
+def _uncompiled(function: Callable[..., None], *args: Any) -> None:
+    """Call `function` where no compiler looks at it.
+
+    ``torch.compiler.disable`` imports the compiler, which takes longer than torch itself. Where nobody has imported it,
+    nothing is compiled.
+    """
+    if "torch._dynamo" in sys.modules:
+        _disabled(function, *args)
+    else:
+        function(*args)
+
+
+@_disable_dynamo
+def _disabled(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
+
+
 class _Enter(_Hook):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.unit.enter()
+        _uncompiled(self.unit.enter)
 
 
 class _Leave(_Hook):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.unit.leave()
+        _uncompiled(self.unit.leave)
 
 
 class _EnterInside(_Hook):
@@ -56,9 +73,8 @@ class _EnterInside(_Hook):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not self.unit.is_entered:
-            self._enter(module)
+            _uncompiled(self._enter, module)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, module: nn.Module) -> None:
         # Checkpointing inside the block was the innermost to look at what its forward saved, and counts again what the
         # second one saves. That is used at once, so it may keep the weights.
@@ -69,9 +85,8 @@ class _EnterInside(_Hook):
 class _LeaveInside(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.unit.opener is not None:
-            self._leave(module)
+            _uncompiled(self._leave, module)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, module: nn.Module) -> None:
         if self.unit.opener is not None and self.unit.opener() is module:
             self.unit.opener = None
