@@ -12,8 +12,9 @@ from torch import nn
 from accel_bigmodel.offload.alignment import align
 from accel_bigmodel.offload.division import HeldTensor, group_tensors, travelling
 from accel_bigmodel.offload.folder import OffloadFile
+from accel_bigmodel.offload.hooks import refuse_offloaded
 from accel_bigmodel.offload.in_place import place_on_host
-from accel_bigmodel.offload.offloading import place_on_device, refuse_offloaded, resolve_device, to_disk
+from accel_bigmodel.offload.offloading import place_on_device, resolve_device, to_disk
 from accel_bigmodel.offload.streaming import Value, stream_tensors
 from accel_bigmodel.placing import check_device_map
 from accel_bigmodel.stored import StoredTensor

@@ -167,21 +167,27 @@ def read_weight_map(index: Path) -> Mapping[str, str]:
     return result
 
 
-def map_tensor(stored: StoredTensor) -> torch.Tensor:
+def map_tensor(stored: StoredTensor, descriptor: int | None = None) -> torch.Tensor:
     """The tensor with the file as its memory: nothing is read before a value is looked at, and nothing is copied.
 
     Pages are private, so writing to the tensor changes neither the file nor what others see. A tensor that does not lie
     at a multiple of its elements' size, as in some files of others, is read instead.
+
+    Args:
+        stored: the tensor.
+        descriptor: its file, if it is open.
     """
     if not stored.nbytes:
-        return torch.empty(stored.shape, dtype=stored.dtype)
+        return torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+    if descriptor is None:
+        with stored.path.open("rb") as stream:
+            return map_tensor(stored, stream.fileno())
     begin = stored.offset - stored.offset % mmap.ALLOCATIONGRANULARITY
-    with stored.path.open("rb") as stream:
-        pages = mmap.mmap(stream.fileno(), stored.offset - begin + stored.nbytes, offset=begin, access=mmap.ACCESS_COPY)
+    pages = mmap.mmap(descriptor, stored.offset - begin + stored.nbytes, offset=begin, access=mmap.ACCESS_COPY)
     raw = torch.frombuffer(pages, dtype=torch.uint8, offset=stored.offset - begin)
     if sys.byteorder == "big" or stored.offset % stored.dtype.itemsize:
-        copy = torch.empty(stored.nbytes, dtype=torch.uint8)
-        read_into(stored, copy)
+        copy = torch.empty(stored.nbytes, dtype=torch.uint8, device="cpu")
+        read_bytes(descriptor, stored, copy)
         raw = copy
     return raw.view(stored.dtype).view(stored.shape)
 

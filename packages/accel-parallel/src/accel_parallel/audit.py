@@ -87,8 +87,10 @@ def is_spread(model: nn.Module) -> bool:
     """
     if getattr(model, "hf_device_map", None) is None:
         return False
-    devices = {parameter.device for parameter in model.parameters()}
-    return len(devices) > 1 or torch.device("meta") in devices
+    parameters = list(model.parameters())
+    devices = {parameter.device for parameter in parameters}
+    is_offloaded = any(getattr(parameter, "is_offloaded", False) for parameter in parameters)
+    return len(devices) > 1 or is_offloaded or torch.device("meta") in devices
 
 
 def _refuse_wrapped(model: nn.Module, name: str) -> None:

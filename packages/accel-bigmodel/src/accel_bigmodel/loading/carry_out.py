@@ -20,7 +20,7 @@ from accel_bigmodel.loading.place import DISK, Place
 from accel_bigmodel.loading.plan import LoadOptions, LoadPlan, PlannedTensor
 from accel_bigmodel.loading.result import LoadedCheckpoint
 from accel_bigmodel.stored import StoredTensor, read_file_header
-from accel_state.errors import ConfigError
+from accel_state.errors import CheckpointError, ConfigError
 from accel_state.tensor_format import TensorShape
 
 __all__ = ["Prepared", "carry_out", "install", "make_room"]
@@ -166,9 +166,12 @@ def _on_disk(plan: LoadPlan, options: LoadOptions) -> tuple[dict[str, StoredTens
     sources = {each.of.name: [source for source, _ in each.parts] for each in others}
     path = options.offload_folder / converted_name({name: (shapes[name], sources[name]) for name in shapes})
     pending = _Pending(path, others)
-    if not path.is_file():
-        return found, pending
-    return {**found, **pending.named(read_file_header(path))}, None  # an earlier load wrote just this
+    if path.is_file():
+        try:
+            return {**found, **pending.named(read_file_header(path))}, None  # an earlier load wrote just this
+        except CheckpointError:
+            path.unlink(missing_ok=True)  # ours, and damaged since: it is made anew
+    return found, pending
 
 
 def _shapes(tensors: Sequence[PlannedTensor]) -> dict[str, TensorShape]:

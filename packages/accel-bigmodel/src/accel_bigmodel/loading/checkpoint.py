@@ -18,6 +18,7 @@ from accel_bigmodel.loading.progress import Progress
 from accel_bigmodel.loading.result import LoadedCheckpoint
 from accel_bigmodel.loading.shared import load_shared
 from accel_bigmodel.loading.source import open_checkpoint
+from accel_bigmodel.offload.hooks import refuse_offloaded
 from accel_state.errors import ConfigError
 from accel_state.logging import get_logger
 from accel_state.process import Process
@@ -84,6 +85,7 @@ def load_checkpoint_in_model(
         CheckpointError: if the checkpoint is damaged, incomplete, or does not fit the model.
         OSError: if a file cannot be read or written.
     """
+    refuse_offloaded(model)
     refuse_foreign(
         offload_state_dict=offload_state_dict, offload_8bit_bnb=offload_8bit_bnb, full_state_dict=full_state_dict
     )

@@ -98,10 +98,11 @@ class ConvertedFile:
 
     def _explained(self, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"`{self.path.parent}` is to take {format_bytes(self._size)} of weights that stay on disk in another form "
-            f"than they are stored in, and has no room for them ({error.strerror}; "
-            f"{format_bytes(shutil.disk_usage(self.path.parent).free)} are free). Free some, give an `offload_folder` "
-            f"on another disk, or load in the dtype that is stored (`dtype='auto'`): then nothing is written."
+            f"`{self.path.parent}` is to take {format_bytes(self._size)} of weights that are to be on disk and are in "
+            f"no file as they are needed, and has no room for them ({error.strerror}; "
+            f"{format_bytes(shutil.disk_usage(self.path.parent).free)} are free). Free some, give a folder on another "
+            f"disk, or use a checkpoint in safetensors in the dtype that is stored (`dtype='auto'`): then nothing is "
+            f"written."
         )
 
     def commit(self) -> dict[str, StoredTensor]:

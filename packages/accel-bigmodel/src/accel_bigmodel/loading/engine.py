@@ -46,8 +46,12 @@ def deliver(
         crew = _Crew(takers, files, settings, progress, make_lane)
         num_threads = min(settings.resolve_threads(), max(1, crew.num_bytes // settings.chunk_bytes))
         with ThreadPoolExecutor(num_threads, thread_name_prefix="accel-load") as pool:
-            for future in [pool.submit(crew.work) for _ in range(num_threads)]:
-                future.result()
+            try:
+                for future in [pool.submit(crew.work) for _ in range(num_threads)]:
+                    future.result()
+            except BaseException:
+                crew.stop()  # Ctrl-C too: the threads are waited for, and should not read all that is left
+                raise
     return progress.done_bytes
 
 
@@ -103,6 +107,10 @@ class _Crew:
     def _next(self) -> Work | None:
         with self._lock:
             return None if self._failed else next(self._work, None)
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._failed = True
 
     def work(self) -> None:
         """One thread's share: until nothing is left, or another thread has failed."""

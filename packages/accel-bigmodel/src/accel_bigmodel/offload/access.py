@@ -44,8 +44,8 @@ def align_module_device(module: nn.Module, execution_device: torch.device | str 
             )
     with ExitStack() as stack:
         for unit in units:
-            unit.enter()
-            stack.callback(unit.leave)
+            unit.enter(one_forward=False, is_plain=True)
+            stack.callback(unit.leave, keep_all=True)
         if wanted is not None:
             stack.enter_context(_moved(module, wanted, {id(t) for unit in units for t in unit.present()}))
         yield

@@ -56,8 +56,10 @@ def travelling(tensors: Sequence[HeldTensor], *, offload_buffers: bool) -> list[
     """
     parameters = [each for each in tensors if each.places[0].is_parameter]
     frozen = [each for each in parameters if not each.value.requires_grad]
-    travels = frozen or parameters
-    return [each for each in tensors if each in travels or (offload_buffers and each not in parameters)]
+    travels = set(frozen or parameters)
+    if offload_buffers:  # sparse ones have no bytes that could lie in one piece
+        travels |= {each for each in tensors if not each.places[0].is_parameter and each.value.layout == torch.strided}
+    return [each for each in tensors if each in travels]
 
 
 def divide(
@@ -92,7 +94,7 @@ def divide(
 
 def _homes(model: nn.Module, preload_module_classes: Collection[str] | None) -> dict[str, str]:
     """For each module the one whose forward brings its tensors."""
-    blocks = [name for name, _ in outermost(find_blocks(model))]
+    blocks = {name for name, _ in outermost(find_blocks(model))}
     if preload_module_classes:
         wanted = set(preload_module_classes)
         chosen = [(name, module) for name, module in model.named_modules() if type(module).__name__ in wanted]
@@ -102,7 +104,7 @@ def _homes(model: nn.Module, preload_module_classes: Collection[str] | None) -> 
                 f"`preload_module_classes` names {', '.join(sorted(map(repr, missing)))}, but no module of "
                 f"`{type(model).__name__}` is of that class. Give names of classes as `type(module).__name__` has them."
             )
-        blocks += [name for name, _ in chosen]
+        blocks |= {name for name, _ in chosen}
     found: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         parent = name.rpartition(".")[0] if name else None

@@ -38,7 +38,7 @@ class OffloadFile:
     """
 
     def __init__(self, folder: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         self.stored: dict[str, StoredTensor] = {}
         """Where each tensor is."""
         if not tensors:
@@ -51,12 +51,13 @@ class OffloadFile:
                 file.tensors[name].copy_(tensor.detach())
             self.stored = file.commit()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, _remove, path, descriptor)
+        weakref.finalize(self, _remove, path, descriptor, os.getpid())
         fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
-def _remove(path: Path, descriptor: int) -> None:
-    path.unlink(missing_ok=True)
+def _remove(path: Path, descriptor: int, owner: int) -> None:
+    if os.getpid() == owner:  # a process that was forked from it only closes what it got
+        path.unlink(missing_ok=True)
     os.close(descriptor)
 
 

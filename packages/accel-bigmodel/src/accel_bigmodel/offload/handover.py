@@ -11,8 +11,8 @@ from torch import nn
 
 from accel_bigmodel.offload.alignment import align, unalign
 from accel_bigmodel.offload.division import Group, group_tensors
-from accel_bigmodel.offload.hooks import detach
-from accel_bigmodel.offload.offloading import place_on_device, refuse_offloaded, resolve_device
+from accel_bigmodel.offload.hooks import detach, refuse_offloaded
+from accel_bigmodel.offload.offloading import place_on_device, resolve_device
 from accel_bigmodel.offload.streaming import make_unit
 from accel_bigmodel.offload.unit import Unit
 from accel_bigmodel.stream import AcceleratorTransfers, Engine, HostMemory, Transfers
@@ -53,10 +53,10 @@ def hand_over(
     if transfers is not None:
         tensors = group_tensors(model)
         moved = [each for each in tensors if each.places[0].is_parameter]
-        place_on_device([each for each in tensors if each not in moved], {}, device)
+        place_on_device([each for each in tensors if not each.places[0].is_parameter], {}, device)
         engine = Engine(transfers, num_slots=1)
         group = Group(type(model).__name__, [], moved)
-        unit = make_unit(group, {}, engine, HostMemory(transfers), is_stored=False, keep=None)
+        unit = make_unit(group, {}, engine, HostMemory(transfers), is_stored=False)
         hook = UserCpuOffloadHook(model, unit)
         align(model, {"": device})
     model.register_forward_pre_hook(_Come(hook, before), prepend=True)
@@ -70,15 +70,21 @@ class UserCpuOffloadHook:
         self._model = weakref.ref(model)
         self._unit = unit
         self._is_there = False
+        self._with_grad = False
 
     def come(self) -> None:
         """Bring the model to its device, if it is not there. Its forward calls this."""
-        if self._unit is not None and not self._is_there:
+        if self._unit is None:
+            return
+        if not self._is_there:
             self._unit.enter(one_forward=False)
             self._is_there = True
+        elif self._with_grad != torch.is_grad_enabled():
+            self._unit.put_again()
+        self._with_grad = torch.is_grad_enabled()
 
     def offload(self) -> None:
-        """Let the model leave the device. What changed meanwhile is kept."""
+        """Let the model leave the device. What was changed in place meanwhile is kept, unless through ``.data``."""
         if self._unit is not None and self._is_there:
             self._is_there = False
             self._unit.leave()
@@ -95,7 +101,7 @@ class UserCpuOffloadHook:
                 del model._forward_pre_hooks[key]
         if self._unit is not None:
             self._unit.put_for_good()
-            detach(model, self._unit)
+            detach(self._unit)
             unalign(model)
             self._unit = None
 

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
+from accel_bigmodel.offload.placeholder import Placeholder, pickling_refused
 from accel_bigmodel.offload.saved import current_hooks
 from accel_bigmodel.offload.unit import Unit
 from accel_state.errors import ConfigError
 
-__all__ = ["attach", "detach", "units_of"]
+__all__ = ["attach", "detach", "refuse_offloaded", "units_of"]
 
 
 class _Hook:
@@ -31,11 +32,7 @@ class _Hook:
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ConfigError(
-            f"A model with offloaded weights ({self.unit.name!r} is one of its parts) cannot be pickled: streams and "
-            f"pinned memory belong to this process. Save its `state_dict()`, which is complete, or call "
-            f"`remove_hooks` first."
-        )
+        raise pickling_refused(self.unit.name)
 
 
 def _uncompiled(function: Callable[..., None], *args: Any) -> None:
@@ -57,7 +54,12 @@ def _disabled(function: Callable[..., None], *args: Any) -> None:
 
 class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
-        _uncompiled(self.unit.enter)
+        _uncompiled(self._enter, module)
+
+    def _enter(self, module: nn.Module) -> None:
+        if self.unit.was_entered_by(module) and not _is_inside(module):
+            self.unit.reset()  # torch calls nothing behind a forward that Ctrl-C ended
+        self.unit.enter(by=module)
 
 
 class _Leave(_Hook):
@@ -101,7 +103,7 @@ class _FillState(_Hook):
         for position, tensor in enumerate(self.unit.tensors):
             for place in tensor.places:
                 key = prefix + place.name
-                if place.module() is module and key in state and state[key].device.type == "meta":
+                if place.module() is module and isinstance(state.get(key), Placeholder):
                     values = self.unit.values() if values is None else values
                     kept = state[key]  # with `keep_vars`, a parameter
                     value = values[position]
@@ -117,10 +119,21 @@ class _TakeState(_Hook):
                 value = state.get(prefix + place.name)
                 if place.module() is not module or not isinstance(value, torch.Tensor) or value.device.type == "meta":
                     continue
-                if value.shape == tensor.placeholder.shape:  # another one is refused by the module itself
-                    with torch.no_grad():
-                        self.unit.set_value(position, value)
-                    state[prefix + place.name] = torch.empty_like(tensor.placeholder, requires_grad=False)
+                if value.shape != tensor.placeholder.shape:
+                    continue  # refused by the module itself
+                with torch.no_grad():
+                    self.unit.set_value(position, value)
+                state[prefix + place.name] = place.get()  # the module copies it onto itself, or assigns it to itself
+
+
+def _is_inside(module: nn.Module) -> bool:
+    """Whether a forward of `module` runs within another one of it, rather than being the only one."""
+    frame, count = sys._getframe(), 0
+    while frame is not None and count < 2:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count == 2
 
 
 def attach(unit: Unit, modules: list[nn.Module]) -> None:
@@ -131,16 +144,19 @@ def attach(unit: Unit, modules: list[nn.Module]) -> None:
     for module in modules:
         module.register_forward_pre_hook(_Enter(unit), prepend=True)
         module.register_forward_hook(_Leave(unit), always_call=True)
+    unit.hooked = [weakref.ref(module) for module in modules]
     owners = {id(place.module()): place.module() for tensor in unit.tensors for place in tensor.places}
     for owner in owners.values():
         assert owner is not None
+        unit.hooked.append(weakref.ref(owner))
         if owner not in modules:
             owner.register_forward_pre_hook(_EnterInside(unit), prepend=True)
             owner.register_forward_hook(_LeaveInside(unit), always_call=True)
         owner.register_state_dict_post_hook(_FillState(unit))  # type: ignore[no-untyped-call]
         owner.register_load_state_dict_pre_hook(_TakeState(unit))  # type: ignore[no-untyped-call]
     for tensor in unit.tensors:
-        tensor.put_placeholder()
+        for place in tensor.places:
+            place.put(tensor.placeholder)
 
 
 def _hook_tables(module: nn.Module) -> Iterator[dict[int, Any]]:
@@ -167,9 +183,9 @@ def units_of(module: nn.Module, *, recurse: bool = True) -> list[Unit]:
     return list(found.values())
 
 
-def detach(module: nn.Module, unit: Unit) -> None:
-    """Remove the hooks of `unit` from `module` and its submodules."""
-    for each in module.modules():
+def detach(unit: Unit) -> None:
+    """Remove the hooks of `unit`, from all modules that have some."""
+    for each in [module for ref in unit.hooked if (module := ref()) is not None]:
         for table in _hook_tables(each):
             for key, hook in list(table.items()):
                 ours = _ours(hook)
@@ -178,3 +194,16 @@ def detach(module: nn.Module, unit: Unit) -> None:
                     for flags in (each._forward_pre_hooks_with_kwargs, each._forward_hooks_with_kwargs,
                                   each._forward_hooks_always_called):  # fmt: skip
                         flags.pop(key, None)
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: if weights of `model` are offloaded already.
+    """
+    units = units_of(model)
+    if units:
+        raise ConfigError(
+            f"`{type(model).__name__}` has weights that are offloaded already ({units[0].name!r} is one of its parts). "
+            f"Call `remove_hooks` first."
+        )

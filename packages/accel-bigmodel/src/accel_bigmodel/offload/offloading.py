@@ -12,12 +12,12 @@ from torch import nn
 from accel_bigmodel.offload.alignment import align, unalign
 from accel_bigmodel.offload.division import HeldTensor, group_tensors, travelling
 from accel_bigmodel.offload.folder import OffloadFile
-from accel_bigmodel.offload.hooks import detach, units_of
+from accel_bigmodel.offload.hooks import detach, refuse_offloaded, units_of
 from accel_bigmodel.offload.in_place import place_on_host
 from accel_bigmodel.offload.streaming import Value, stream_tensors, value_of
 from accel_bigmodel.stored import StoredTensor
 from accel_bigmodel.stream import AcceleratorTransfers
-from accel_state.device import select_device
+from accel_state.device import DEVICES, available_kind, select_device
 from accel_state.errors import ConfigError
 
 __all__ = ["cpu_offload", "disk_offload", "has_offloaded_params", "remove_hooks", "resolve_device"]
@@ -114,7 +114,8 @@ def _offload(
     refuse_offloaded(model)
     tensors = group_tensors(model)
     moved = travelling(tensors, offload_buffers=offload_buffers)
-    kept = [each for each in tensors if each not in moved]
+    travel = set(moved)
+    kept = [each for each in tensors if each not in travel]
     file = None
     if folder is not None:
         file = to_disk(moved, values, folder)
@@ -158,19 +159,6 @@ def place_on_device(tensors: Sequence[HeldTensor], values: Mapping[str, Value], 
             place.put(moved)
 
 
-def refuse_offloaded(model: nn.Module) -> None:
-    """
-    Raises:
-        ConfigError: if weights of `model` are offloaded already.
-    """
-    units = units_of(model)
-    if units:
-        raise ConfigError(
-            f"`{type(model).__name__}` has weights that are offloaded already ({units[0].name!r} is one of its parts). "
-            f"Call `remove_hooks` first."
-        )
-
-
 def has_offloaded_params(module: nn.Module) -> bool:
     """Whether parameters that `module` itself holds, not its children, are on the device only while they are needed."""
     return any(
@@ -184,11 +172,12 @@ def has_offloaded_params(module: nn.Module) -> bool:
 def remove_hooks(model: M) -> M:
     """Give `model` its weights back, on the host, and take away everything that moved them or its inputs.
 
-    Weights on other devices stay there. It needs host memory for what was on disk.
+    Weights on other devices stay there. It needs host memory for what was on disk. Given a part of a model, it does the
+    same with all that travels together with weights of that part, as an embedding that is tied to it.
     """
     for unit in units_of(model):
         unit.put_for_good()
-        detach(model, unit)
+        detach(unit)
     unalign(model)
     if hasattr(model, "hf_device_map"):
         del model.hf_device_map
@@ -204,8 +193,22 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
     if device is None:
         return select_device(None)[1]
     if isinstance(device, int):
-        return select_device(select_device(None)[0].type, local_rank=device)[1]
-    found = torch.device(device)
+        kind = available_kind()
+        if device >= kind.count() or kind.type == "cpu":
+            raise ConfigError(
+                f"Device {device} was asked for, but this process sees {kind.count() if kind.type != 'cpu' else 0} "
+                f"accelerators. Give one that is here, or `cpu`."
+            )
+        return select_device(kind.type, local_rank=device)[1]
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"{device!r} is no device. Give a number, or a name such as `cuda:0` or `cpu`.") from error
+    if found.type in DEVICES and not DEVICES[found.type].is_available():
+        raise ConfigError(
+            f"`{device}` was asked for, but torch {torch.__version__} sees no such device in this process. Give one "
+            f"that is here, such as `{available_kind().type}`."
+        )
     if found.type == "meta":
         raise ConfigError(
             "`execution_device='meta'` computes nothing. Give the device where forwards run, such as `cuda:0` or `cpu`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,10 @@ class _Weight(NamedTuple):
     """A view of a unit's bytes."""
 
     load: Load
+    position: int
+    """Which of its tensors."""
+    changes: int
+    """How often that one had been changed."""
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
@@ -67,7 +72,10 @@ class SavedWeights:
             and tensor.device.type != "meta"
             and tensor.untyped_storage().data_ptr() == self._address
         ):
-            return _Weight(self._load, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            offset = int(tensor.storage_offset())
+            index = bisect_right(self._load.source.layout.offsets, offset * tensor.dtype.itemsize) - 1
+            changes = self._load.changes[index]
+            return _Weight(self._load, index, changes, tensor.dtype, tensor.size(), tensor.stride(), offset)
         if self._outer is None:
             return tensor
         pack, unpack = self._outer
@@ -80,6 +88,11 @@ def _unpack(packed: Any) -> torch.Tensor:
     if isinstance(packed, _Other):
         found: torch.Tensor = packed.unpack(packed.packed)
         return found
+    if packed.load.changes[packed.position] != packed.changes:
+        raise RuntimeError(
+            f"An offloaded tensor of {packed.load.name!r} that backward needs was changed since the forward: loaded, "
+            f"set, or changed in place. Call backward before that, or compute the forward again."
+        )
     engine = packed.load.engine
     flat = engine.acquire(packed.load)
     engine.release(packed.load)  # what is returned keeps the memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from accel_bigmodel.offload.hooks import attach
 from accel_bigmodel.offload.tensor import MovedTensor, pieces_of
 from accel_bigmodel.offload.unit import Unit
 from accel_bigmodel.stored import StoredTensor
-from accel_bigmodel.stream import Engine, FileSource, HostMemory, Layout, Source, Transfers
+from accel_bigmodel.stream import Engine, FileSource, HostMemory, Layout, OpenFile, Source, Transfers
 from accel_state.errors import ConfigError
 
 __all__ = ["Value", "make_unit", "stream_tensors", "value_of"]
@@ -46,13 +47,14 @@ def stream_tensors(
     """
     engine = Engine(transfers, num_slots=num_slots)
     memory = HostMemory(transfers, budget_bytes=pinned_memory)
+    files: dict[Path, OpenFile] = {}
     for group in divide(model, tensors, preload_module_classes=preload_module_classes):
         stays = [each for each in group.tensors if isinstance(value_of(each, values), StoredTensor)]
-        comes = [each for each in group.tensors if each not in stays]
+        comes = [each for each in group.tensors if not isinstance(value_of(each, values), StoredTensor)]
         for part, is_stored in ((comes, False), (stays, True)):
             if part:
                 same = Group(group.name, group.modules, part)
-                make_unit(same, values, engine, memory, is_stored=is_stored, keep=keep)
+                make_unit(same, values, engine, memory, is_stored=is_stored, keep=keep, files=files)
 
 
 def value_of(tensor: HeldTensor, values: Mapping[str, Value]) -> Value:
@@ -79,7 +81,14 @@ def value_of(tensor: HeldTensor, values: Mapping[str, Value]) -> Value:
 
 
 def make_unit(
-    group: Group, values: Mapping[str, Value], engine: Engine, memory: HostMemory, *, is_stored: bool, keep: object
+    group: Group,
+    values: Mapping[str, Value],
+    engine: Engine,
+    memory: HostMemory,
+    *,
+    is_stored: bool,
+    keep: object = None,
+    files: dict[Path, OpenFile] | None = None,
 ) -> Unit:
     """The unit of one group, attached to its modules, which hold placeholders from then on.
 
@@ -90,15 +99,17 @@ def make_unit(
         memory: where values lie that are in no file.
         is_stored: whether they are in files.
         keep: as for `stream_tensors`.
+        files: that are open already, to be added to.
     """
-    moved = [MovedTensor(each.name, each.places, each.value) for each in group.tensors]
-    source = _from_files(group, values, keep) if is_stored else _on_host(group, values, memory)
+    device = engine.transfers.device
+    moved = [MovedTensor(each.name, each.places, each.value, device) for each in group.tensors]
+    source = _from_files(group, values, keep, files) if is_stored else _on_host(group, values, memory)
     unit = Unit(engine, group.name, moved, source)
     attach(unit, group.modules)
     return unit
 
 
-def _from_files(group: Group, values: Mapping[str, Value], keep: object) -> Source:
+def _from_files(group: Group, values: Mapping[str, Value], keep: object, files: dict[Path, OpenFile] | None) -> Source:
     stored = []
     for tensor in group.tensors:
         value = value_of(tensor, values)
@@ -107,7 +118,7 @@ def _from_files(group: Group, values: Mapping[str, Value], keep: object) -> Sour
     layout = Layout.of([each.shape for each in stored], [each.value.dtype for each in group.tensors])
     for tensor in group.tensors:
         tensor.value = torch.empty(0)  # it lies in the source now
-    return FileSource(layout, stored, keep=keep)
+    return FileSource(layout, stored, keep=keep, files=files)
 
 
 def _on_host(group: Group, values: Mapping[str, Value], memory: HostMemory) -> Source:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
+from accel_bigmodel.offload.placeholder import Placeholder
 from accel_state.errors import ConfigError
 
 __all__ = ["MovedTensor", "Place", "holders", "pieces_of"]
@@ -25,14 +26,15 @@ class Place(NamedTuple):
 
     @property
     def slots(self) -> dict[str, Any]:
-        """The dictionary of the module that holds it."""
+        """The dictionary of the module that holds it; an empty one if the module is no more, since it was replaced."""
         module = self.module()
-        assert module is not None, "a hook of the module outlived it"
+        if module is None:
+            return {}
         return module._parameters if self.is_parameter else module._buffers
 
     def get(self) -> Any:
-        """What is there."""
-        return self.slots[self.name]
+        """What is there; None if nothing is."""
+        return self.slots.get(self.name)
 
     def put(self, value: Any) -> None:
         """Have the module hold `value`."""
@@ -46,27 +48,32 @@ class Place(NamedTuple):
 class MovedTensor:
     """A parameter or buffer, under all of its names, that is on the device only while it is needed.
 
-    Modules hold a placeholder on the meta device while it is not.
+    Modules hold a placeholder while it is not. Where somebody put another tensor in the placeholder's place, that one
+    counts, and is let alone.
 
     Args:
         name: the first of its names, for messages.
         places: all modules that hold it.
         value: as it is now: its dtype, shape and class count.
+        device: where it will be.
     """
 
-    def __init__(self, name: str, places: Sequence[Place], value: torch.Tensor) -> None:
+    def __init__(self, name: str, places: Sequence[Place], value: torch.Tensor, device: torch.device) -> None:
         self.name = name
         self.places = list(places)
-        self.requires_grad = value.requires_grad
+        self.is_parameter = places[0].is_parameter
+        """Or a buffer."""
         self.num_pieces = len(pieces_of(value))
         """Plain tensors that it is made of: 1, or more for one of another class."""
         self._outer = _outer(value)
-        self.placeholder = _placeholder(value)
+        self.placeholder = Placeholder(value, name, device)
+        self._filled: list[Place] = []
+        """Places that hold a value now."""
 
     @property
-    def is_parameter(self) -> bool:
-        """Or a buffer."""
-        return self.places[0].is_parameter
+    def is_plain(self) -> bool:
+        """Whether it is of torch's own class."""
+        return self._outer is None
 
     @property
     def is_trained(self) -> bool:
@@ -77,34 +84,49 @@ class MovedTensor:
         """The tensor made of pieces like `pieces_of` gave, on whatever device these are."""
         return pieces[0] if self._outer is None else _rebuild(self._outer, iter(pieces))
 
-    def put(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Have all modules hold the tensor made of `pieces`, and give it."""
+    def put(self, pieces: Sequence[torch.Tensor], *, is_plain: bool = False) -> torch.Tensor:
+        """Have all modules hold the tensor made of `pieces`, and give it.
+
+        Args:
+            pieces: as `value` takes them.
+            is_plain: whether a parameter is an ordinary one, to be looked at and changed, and not one of a forward.
+        """
         value = self.value(pieces)
-        if self.requires_grad and torch.is_grad_enabled():
+        if is_plain and self.is_parameter:
+            value = nn.Parameter(value, requires_grad=self.placeholder.requires_grad)
+        elif self.placeholder.requires_grad and torch.is_grad_enabled():
             value = _NeedsNoGradient.apply(self.placeholder, value, self.name)  # type: ignore[no-untyped-call]
         elif self.is_parameter:
             value = nn.Parameter(value, requires_grad=False)
-        for place in self.places:
+        self._filled = [place for place in self.places if place.get() is self.placeholder]
+        for place in self._filled:
             place.put(value)
         return value
 
+    def now(self, put: torch.Tensor) -> Any:
+        """What modules hold in the place of `put`, which they were given."""
+        return self._filled[0].get() if self._filled else put
+
     def put_placeholder(self) -> None:
-        """Have all modules hold the placeholder."""
-        for place in self.places:
-            place.put(self.placeholder)
+        """Have all modules that were given a value hold the placeholder again."""
+        for place in self._filled:
+            if place.module() is not None:
+                place.put(self.placeholder)
+        self._filled = []
 
     def put_for_good(self, pieces: Sequence[torch.Tensor]) -> None:
         """Have all modules hold the tensor made of `pieces` as if it had never been moved."""
         value = self.value(pieces)
         if self.is_parameter:
-            value = nn.Parameter(value, requires_grad=self.requires_grad)
+            value = nn.Parameter(value, requires_grad=self.placeholder.requires_grad)
         for place in self.places:
-            place.put(value)
+            if place.get() is self.placeholder:
+                place.put(value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MovedTensor:
         made = MovedTensor.__new__(MovedTensor)
         memo[id(self)] = made
-        made.__dict__.update(self.__dict__)
+        made.__dict__.update(self.__dict__, _filled=[])
         modules = [(copy.deepcopy(place.module(), memo), place) for place in self.places]
         made.places = [place._replace(module=weakref.ref(module)) for module, place in modules if module is not None]
         made.placeholder = copy.deepcopy(self.placeholder, memo)
@@ -184,8 +206,3 @@ def _rebuild(outer: _Outer, pieces: Any) -> torch.Tensor:
     inner = {name: next(pieces) if each is None else _rebuild(each, pieces) for name, each in outer.inner}
     found: torch.Tensor = outer.kind.__tensor_unflatten__(inner, outer.context, outer.size, outer.stride)  # type: ignore[attr-defined]
     return found
-
-
-def _placeholder(value: torch.Tensor) -> torch.Tensor:
-    meta = torch.empty(value.shape, dtype=value.dtype, device="meta")
-    return nn.Parameter(meta, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else meta

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from accel_bigmodel.offload.saved import SavedWeights
-from accel_bigmodel.offload.tensor import MovedTensor
+from accel_bigmodel.offload.tensor import MovedTensor, pieces_of
 from accel_bigmodel.stream import Engine, Load, Source
+from accel_state.errors import ConfigError
 
 __all__ = ["Unit"]
 
@@ -34,14 +35,16 @@ class Unit:
         self.name = name
         self.tensors = list(tensors)
         self.source = source
-        self._engine = engine
-        self._load = Load(engine, source, name)
+        self.hooked: list[weakref.ref[nn.Module]] = []
+        """Modules that have hooks of it."""
         self.opener: weakref.ref[nn.Module] | None = None
         """A module inside the block that entered the unit for its own forward; see `hooks`."""
-        self._depth = 0
+        self._engine = engine
+        self._load = Load(engine, source, name)
         self._views: list[torch.Tensor] = []
         self._put: list[torch.Tensor] = []
-        self._saved: list[SavedWeights | None] = []
+        self._entered: list[tuple[int | None, SavedWeights | None]] = []
+        """For each time that it was entered and not left: by which module, and what looks at saved tensors since."""
         self._failed = 0
 
     @property
@@ -52,13 +55,19 @@ class Unit:
     @property
     def is_entered(self) -> bool:
         """Whether its modules hold values now."""
-        return self._depth > 0
+        return bool(self._entered)
 
-    def enter(self, *, one_forward: bool = True) -> None:
+    def was_entered_by(self, module: nn.Module) -> bool:
+        """Whether a forward of `module` entered it, and did not leave it yet."""
+        return any(by == id(module) for by, _ in self._entered)
+
+    def enter(self, *, by: nn.Module | None = None, one_forward: bool = True, is_plain: bool = False) -> None:
         """Have the weights where they are needed, good for what is computed from now on.
 
         Args:
+            by: the module whose forward it is for.
             one_forward: whether a forward ends it, so that backward has to fetch the weights again.
+            is_plain: whether parameters are ordinary ones, to be looked at and changed.
 
         Raises:
             CheckpointError: if a file they are read from was cut short.
@@ -66,34 +75,60 @@ class Unit:
         """
         try:
             flat = self._engine.acquire(self._load)
-        except BaseException:
+        except Exception:
             self._failed += 1  # torch calls what is behind a forward nevertheless
             raise
-        self._depth += 1
-        if self._depth == 1:
+        if not self._entered:
             with torch.inference_mode(mode=False):
                 self._views = self.source.layout.views(flat)
-            self._put = [tensor.put(pieces) for tensor, pieces in self._with_pieces(self._views)]
+            self._put = [tensor.put(pieces, is_plain=is_plain) for tensor, pieces in self._with_pieces(self._views)]
         saved = SavedWeights(self._load, flat) if one_forward and torch.is_grad_enabled() else None
         if saved is not None:
             saved.__enter__()
-        self._saved.append(saved)
+        self._entered.append((None if by is None else id(by), saved))
 
-    def leave(self) -> None:
-        """What was entered last is over. Values that it changed are kept."""
-        if self._failed:
-            self._failed -= 1
+    def leave(self, *, keep_all: bool = False) -> None:
+        """What was entered last is over. Values that it changed are kept.
+
+        Args:
+            keep_all: whether changes count too that torch does not count, as those through ``.data``.
+
+        Raises:
+            ConfigError: if a forward put a tensor of another dtype or shape in the place of one of these.
+        """
+        if self._failed or not self._entered:
+            self._failed = max(0, self._failed - 1)
             return
-        saved = self._saved.pop()
+        _, saved = self._entered.pop()
         if saved is not None:
             saved.__exit__()
-        self._depth -= 1
-        if self._depth == 0:
-            self._keep_changes()
-            for tensor in self.tensors:
-                tensor.put_placeholder()
-            self._views, self._put = [], []
+        refused = None
+        if not self._entered:
+            refused = self._keep_changes(keep_all=keep_all)
+            self._put_placeholders()
         self._engine.release(self._load)
+        if refused is not None:
+            raise refused
+
+    def reset(self) -> None:
+        """Leave it, however often it was entered: an interrupt ended forwards without a word to what is behind them."""
+        while self._entered:
+            _, saved = self._entered.pop()
+            if saved is not None:
+                saved.__exit__()
+            self._engine.release(self._load)
+        self._failed, self.opener = 0, None
+        self._put_placeholders()
+        self._engine.drop(self._load)
+
+    def put_again(self) -> None:
+        """Have modules hold values that fit what is wanted of gradients now, while it is entered."""
+        refused = self._keep_changes(keep_all=False)
+        for tensor in self.tensors:
+            tensor.put_placeholder()
+        self._put = [tensor.put(pieces) for tensor, pieces in self._with_pieces(self._views)]
+        if refused is not None:
+            raise refused
 
     def present(self) -> list[torch.Tensor]:
         """What its modules hold now, while it is entered."""
@@ -104,25 +139,50 @@ class Unit:
         self._engine.drop(self._load)
 
     def values(self) -> list[torch.Tensor]:
-        """The tensors' values on the host, in order; memory may be that of the source."""
+        """The tensors' values on the host, in order; memory may be that of the source.
+
+        What is on the device is fetched again before its next use, as whoever has these values may change them.
+        """
         self._engine.settle(self._load)
         pieces = [self.source.tensor(index) for index in range(len(self.source.layout.shapes))]
+        if not self._entered:
+            self._engine.drop(self._load)
         return [tensor.value(found) for tensor, found in self._with_pieces(pieces)]
 
     def set_value(self, position: int, value: torch.Tensor) -> None:
-        """Have one of the tensors hold `value` from now on."""
+        """Have one of the tensors hold `value` from now on.
+
+        Raises:
+            ConfigError: if it is made of other pieces, as one that was quantized in another way.
+        """
         self._engine.settle(self._load)
         first = sum(each.num_pieces for each in self.tensors[:position])
-        self.source.writable(first).copy_(value)
-        self._engine.drop(self._load)
+        pieces = pieces_of(value)
+        if len(pieces) != self.tensors[position].num_pieces:
+            raise ConfigError(
+                f"`{self.tensors[position].name}` is made of {self.tensors[position].num_pieces} tensors, and the "
+                f"value given for it, a {type(value).__name__}, of {len(pieces)}. Give one of the same class."
+            )
+        for index, piece in enumerate(pieces, first):
+            self.source.writable(index).copy_(piece)
+            self._load.changes[index] += 1
+            if self._entered:
+                self._views[index].copy_(piece)
+        if not self._entered:
+            self._engine.drop(self._load)
 
     def put_for_good(self) -> None:
         """Give the modules their tensors back, on the host."""
+        self.reset()
         self._engine.settle(self._load)
         pieces = [self.source.writable(index) for index in range(len(self.source.layout.shapes))]
         for tensor, found in self._with_pieces(pieces):
             tensor.put_for_good(found)
-        self._engine.drop(self._load)
+
+    def _put_placeholders(self) -> None:
+        for tensor in self.tensors:
+            tensor.put_placeholder()
+        self._views, self._put = [], []
 
     def _with_pieces(self, pieces: Sequence[torch.Tensor]) -> list[tuple[MovedTensor, Sequence[torch.Tensor]]]:
         found, first = [], 0
@@ -131,20 +191,39 @@ class Unit:
             first += tensor.num_pieces
         return found
 
-    def _keep_changes(self) -> None:
-        index = 0
+    def _keep_changes(self, *, keep_all: bool) -> ConfigError | None:
+        """Write back what changed; the reason why one of these cannot be, if there is one."""
+        refused, index = None, 0
         for tensor, put in zip(self.tensors, self._put, strict=True):
-            now = tensor.places[0].get()
-            if now is not put and isinstance(now, torch.Tensor) and tensor.num_pieces == 1:
-                self._engine.write_back(self._load, index, now)  # another tensor was put in its place
-                self._engine.drop(self._load)
+            now = tensor.now(put)
+            # Batch normalisation changes its statistics without counting that.
+            may_change = keep_all or (not tensor.is_parameter and tensor.is_trained)
+            if tensor.is_plain and (now is not put or now.data_ptr() != self._views[index].data_ptr()):
+                refused = self._keep_another(tensor, index, now) or refused
             else:
-                # Batch normalisation changes its statistics without counting that.
-                may_change = not tensor.is_parameter and tensor.is_trained
-                for offset in range(tensor.num_pieces):
-                    if may_change or self._views[index + offset]._version:
-                        self._engine.write_back(self._load, index + offset, self._views[index + offset])
+                for piece in range(index, index + tensor.num_pieces):
+                    counted = bool(self._views[piece]._version)
+                    if counted or may_change:
+                        self._engine.write_back(self._load, piece, self._views[piece])
+                        self._load.changes[piece] += counted
             index += tensor.num_pieces
+        return refused
+
+    def _keep_another(self, tensor: MovedTensor, index: int, now: Any) -> ConfigError | None:
+        """Write back what was put in a tensor's place."""
+        layout = self.source.layout
+        is_like = isinstance(now, torch.Tensor) and now.dtype == layout.dtypes[index] and now.layout == torch.strided
+        if not is_like or tuple(now.shape) != layout.shapes[index]:
+            found = f"{now.dtype}, {list(now.shape)}" if isinstance(now, torch.Tensor) else repr(now)
+            return ConfigError(
+                f"A forward replaced `{tensor.name}` ({layout.dtypes[index]}, {list(layout.shapes[index])}) by another "
+                f"kind of value ({found}), which cannot be kept where that one was. Leave buffers on the device "
+                f"(`offload_buffers=False`)."
+            )
+        self._engine.write_back(self._load, index, now)
+        self._engine.drop(self._load)
+        self._load.changes[index] += 1
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unit:
         engine = copy.deepcopy(self._engine, memo)

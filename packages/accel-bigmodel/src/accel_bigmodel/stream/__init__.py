@@ -17,9 +17,9 @@ from accel_bigmodel.stream.device import AcceleratorTransfers, Mark, Transfers
 from accel_bigmodel.stream.engine import Engine, Load
 from accel_bigmodel.stream.host_memory import HostMemory
 from accel_bigmodel.stream.layout import Layout
-from accel_bigmodel.stream.source import FileSource, HostSource, Source
+from accel_bigmodel.stream.source import FileSource, HostSource, OpenFile, Source
 
 __all__ = [
-    "AcceleratorTransfers", "Engine", "FileSource", "HostMemory", "HostSource", "Layout", "Load", "Mark", "Source",
-    "Transfers",
+    "AcceleratorTransfers", "Engine", "FileSource", "HostMemory", "HostSource", "Layout", "Load", "Mark", "OpenFile",
+    "Source", "Transfers",
 ]  # fmt: skip

@@ -84,7 +84,7 @@ class AcceleratorTransfers:
         memory that is there already.
         """
         if self.device.type != "cuda" or num_bytes == 0:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         memory = np.empty(num_bytes, dtype=np.uint8)
         address = memory.ctypes.data
         cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]

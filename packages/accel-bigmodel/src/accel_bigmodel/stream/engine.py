@@ -33,6 +33,8 @@ class Load:
         self.source = source
         self.name = name
         """For messages."""
+        self.changes = [0] * len(source.layout.shapes)
+        """How often each of its tensors was changed, as autograd has to know."""
         self.number = engine.add(self)
 
     def __del__(self) -> None:
@@ -86,6 +88,7 @@ class Engine:
         self._loads: WeakValueDictionary[int, Load] = WeakValueDictionary()
         self._sizes: dict[int, int] = {}
         """Bytes of each unit, in the order in which they were added."""
+        self._budget: int | None = None
         self._resident: dict[int, _Resident] = {}
         """By number of the unit, the one used longest ago first."""
         self._writes: dict[int, Mark] = {}
@@ -108,6 +111,7 @@ class Engine:
             self._count += 1
             self._loads[number] = load
             self._sizes[number] = load.source.layout.num_bytes
+            self._budget = None
             return number
 
     def forget(self, number: int) -> None:
@@ -197,14 +201,17 @@ class Engine:
     @property
     def budget_bytes(self) -> int:
         """What any `num_slots` successive units take at most."""
-        sizes = list(self._sizes.values())
-        return max((sum(sizes[i : i + self.num_slots]) for i in range(len(sizes))), default=0)
+        if self._budget is None:
+            sizes = list(self._sizes.values())
+            self._budget = max((sum(sizes[i : i + self.num_slots]) for i in range(len(sizes))), default=0)
+        return self._budget
 
     def _clear_forgotten(self) -> None:
         while self._forgotten:
             number = self._forgotten.popleft()
             self._let_go(number)
             self._sizes.pop(number, None)
+            self._budget = None
             self._writes.pop(number, None)
 
     def _fetch(self, load: Load) -> _Resident:

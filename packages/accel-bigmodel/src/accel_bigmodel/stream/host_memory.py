@@ -43,7 +43,7 @@ class HostMemory:
             if flat is not None:
                 self._left = None if self._left is None else self._left - size
                 return HostSource(layout, flat, is_pinned=True)
-        return HostSource(layout, torch.empty(size, dtype=torch.uint8), is_pinned=False)
+        return HostSource(layout, torch.empty(size, dtype=torch.uint8, device="cpu"), is_pinned=False)
 
     def _pinned(self, size: int) -> torch.Tensor | None:
         try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -10,7 +13,7 @@ import torch
 from accel_bigmodel.stored import StoredTensor, map_tensor, read_bytes
 from accel_bigmodel.stream.layout import Layout
 
-__all__ = ["FileSource", "HostSource", "Source"]
+__all__ = ["FileSource", "HostSource", "OpenFile", "Source"]
 
 
 class Source(Protocol):
@@ -70,22 +73,47 @@ class HostSource:
 
     def copy(self) -> Source:
         """See `Source`. Pinned where this is."""
-        flat = torch.empty(self._flat.shape, dtype=torch.uint8, pin_memory=self._flat.is_pinned())
+        flat = torch.empty(self._flat.shape, dtype=torch.uint8, device="cpu", pin_memory=self._flat.is_pinned())
         return HostSource(self.layout, flat.copy_(self._flat), is_pinned=self._is_pinned)
+
+
+class OpenFile:
+    """A file that is open for reading until nobody has this any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class FileSource:
     """In safetensors files, which are read where they are and never written.
 
+    The files are held open: renaming, replacing or removing them changes nothing for whoever uses them.
+
     Args:
         layout: of the unit. Dtypes that differ from those in the files are converted while they are read.
         stored: the tensors, in the order of `layout`.
         keep: what has to live as long as this does, such as the owner of temporary files.
+        files: those that are open already, to be shared and added to.
+
+    Raises:
+        OSError: if a file cannot be opened.
     """
 
-    def __init__(self, layout: Layout, stored: Sequence[StoredTensor], *, keep: object = None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        stored: Sequence[StoredTensor],
+        *,
+        keep: object = None,
+        files: dict[Path, OpenFile] | None = None,
+    ) -> None:
         self.layout = layout
         self._keep = keep
+        self._files = files if files is not None else {}
+        for path in {each.path for each in stored}:
+            if path not in self._files:
+                self._files[path] = OpenFile(path)
         self._stored = tuple(stored)
         self._changed: dict[int, torch.Tensor] = {}
 
@@ -110,19 +138,23 @@ class FileSource:
         if changed is not None:
             destination.copy_(changed.view(-1).view(torch.uint8).narrow(0, begin, destination.numel()))
         elif dtype == stored.dtype:
-            _read(stored, begin, destination)
+            self._fill(stored, begin, destination)
         else:
             # Pieces are cut at multiples of `ALIGNMENT_BYTES`, and so never within a number.
             first, count = begin // dtype.itemsize, destination.numel() // dtype.itemsize
-            raw = torch.empty(count * stored.dtype.itemsize, dtype=torch.uint8)
-            _read(stored, first * stored.dtype.itemsize, raw)
+            raw = torch.empty(count * stored.dtype.itemsize, dtype=torch.uint8, device="cpu")
+            self._fill(stored, first * stored.dtype.itemsize, raw)
             destination.copy_(raw.view(stored.dtype).to(dtype).view(torch.uint8))
+
+    def _fill(self, stored: StoredTensor, begin: int, destination: torch.Tensor) -> None:
+        read_bytes(self._files[stored.path].descriptor, stored, destination, begin=begin)
 
     def tensor(self, index: int) -> torch.Tensor:
         """See `Source`. Mapped, where the dtype is that of the file."""
         if index in self._changed:
             return self._changed[index]
-        return map_tensor(self._stored[index]).to(self.layout.dtypes[index])
+        stored = self._stored[index]
+        return map_tensor(stored, self._files[stored.path].descriptor).to(self.layout.dtypes[index])
 
     def writable(self, index: int) -> torch.Tensor:
         """See `Source`. Memory of the host, which is used instead of the file from then on."""
@@ -132,11 +164,6 @@ class FileSource:
 
     def copy(self) -> Source:
         """See `Source`. The files are shared."""
-        made = FileSource(self.layout, self._stored, keep=self._keep)
+        made = FileSource(self.layout, self._stored, keep=self._keep, files=self._files)
         made._changed = {index: tensor.clone() for index, tensor in self._changed.items()}
         return made
-
-
-def _read(stored: StoredTensor, begin: int, destination: torch.Tensor) -> None:
-    with stored.path.open("rb", buffering=0) as stream:
-        read_bytes(stream.fileno(), stored, destination, begin=begin)

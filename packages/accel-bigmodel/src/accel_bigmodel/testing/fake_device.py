@@ -110,7 +110,7 @@ class FakeTransfers:
                 if num_bytes > self._pinned_left:
                     raise RuntimeError("the stand-in for a device has no more memory to pin")
                 self._pinned_left -= num_bytes
-            return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+            return torch.full((num_bytes,), 0xFF, dtype=torch.uint8, device="cpu")
 
     def stream(self) -> Hashable:
         """See `Transfers`."""
