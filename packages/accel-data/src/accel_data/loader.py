@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -306,7 +307,8 @@ class ShardedLoader:
 
     def _explain(self, error: BaseException) -> None:
         """Raise in place of what torch says of a worker that died."""
-        if type(error) is RuntimeError and str(error).startswith("DataLoader worker"):
+        is_told = type(error) is RuntimeError and str(error).startswith("DataLoader worker")
+        if is_told or _is_broken_off(error):
             raise SampleError(
                 f"A worker process of the {self.name} ended without an answer ({error}), so its batches are lost. "
                 f"Most often the system has killed it for want of memory, or of shared memory (/dev/shm): use fewer "
@@ -319,6 +321,14 @@ class ShardedLoader:
             f"it was in progress, and with `persistent_workers=True` its workers serve one iterator only: this one has "
             f"lost its batches. Set `persistent_workers=False`, or use a second loader for the inner loop."
         )
+
+
+def _is_broken_off(error: BaseException) -> bool:
+    """Whether a worker died while it handed a batch over: the connection to it broke, and not one of the dataset's."""
+    if not isinstance(error, (ConnectionError, EOFError)) or error.__traceback__ is None:
+        return False
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("multiprocessing.")
 
 
 def check_count(num_batches: object, name: str) -> None:
