@@ -3,9 +3,9 @@
     python docs/examples/chat.py --budget 48MiB
 
 The model is a Llama with random weights, made on the spot and written to a folder layer by layer, so what it answers
-means nothing. What
-fits into the budget is in memory, and the rest stays in the file and is used there. With an accelerator the budget is
-that of the device, and the rest is streamed to it.
+means nothing; ``--model FOLDER`` takes a real one, with its tokenizer. What fits into the budget is in memory, and the
+rest stays in the file and is used there. With an accelerator the budget is that of the device, and the rest is streamed
+to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, logging
 
 from accel_bigmodel import (
     explain_device_map,
@@ -73,14 +73,24 @@ def load(folder: Path, budget: str) -> Any:
     return load_checkpoint_and_dispatch(model, folder, device_map)
 
 
-def answer(model: Any, text: str, length: int) -> str:
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode("latin-1")
+
+
+def answer(model: Any, tokenizer: Any, text: str, length: int) -> str:
     """What the model writes behind `text`."""
-    tokens = torch.tensor([list(text.encode())])
+    tokens = torch.tensor([tokenizer.encode(text)])
     with torch.no_grad():
         found = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=length, do_sample=False, pad_token_id=0
         )
-    return bytes(found[0, tokens.shape[1] :].tolist()).decode("latin-1")
+    return tokenizer.decode(found[0, tokens.shape[1] :].tolist())
 
 
 def anonymous_bytes() -> int:
@@ -97,18 +107,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the model that is made (default 8)")
     parser.add_argument("--length", type=int, default=24, help="tokens of an answer (default 24)")
     args = parser.parse_args()
+    if args.width % 8:
+        parser.error("--width is divided among 8 heads: give a multiple of 8")
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.model or Path(temporary)
         if args.model is None:
             write_model(folder, width=args.width, layers=args.layers)
         before = anonymous_bytes()
+        tokenizer = Bytes() if args.model is None else AutoTokenizer.from_pretrained(folder)
         model = load(folder, args.budget)
         print("Say something (an empty line ends it).", flush=True)
         for line in sys.stdin:
             if not line.strip():
                 break
-            print(f"> {line.strip()}\n{answer(model, line.strip(), args.length)!r}", flush=True)
+            print(f"> {line.strip()}\n{answer(model, tokenizer, line.strip(), args.length)!r}", flush=True)
         print(f"The model took {format_bytes(anonymous_bytes() - before)} of memory besides its files.")
 
 

@@ -57,6 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sentences", nargs="*", default=SENTENCES, help="two or more; default: some that are built in")
     args = parser.parse_args()
+    if len(args.sentences) < 2:
+        parser.error("give two sentences or more")
     folder = model_folder()
     vectors = embed(load(folder), folder, args.sentences)
     alike = vectors @ vectors.T

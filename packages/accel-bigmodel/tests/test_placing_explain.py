@@ -158,3 +158,13 @@ def test_seconds_as_text(seconds: float, text: str) -> None:
 def test_machines_that_cannot_be(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Machine(**settings)  # type: ignore[arg-type]
+
+
+def test_names_from_files_are_made_printable() -> None:
+    from xml.etree import ElementTree
+
+    module = nn.Module()
+    module.register_module("\x01\x1b[31mred", nn.Linear(4, 4))
+    explanation = explain_device_map(module, {"": "cpu"})
+    assert "\x1b" not in str(explanation)
+    ElementTree.fromstring(explanation.to_svg())

@@ -125,7 +125,7 @@ def _of_config(
             trust_remote_code=trusted,
             local_files_only=True,
         )
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+    except Exception as error:  # the hub's own errors of single fields are of no common class
         raise ConfigError(
             f"transformers {transformers.__version__} makes nothing of `{config_path}` ({_first_line(error)}). Install "
             f"a version that knows the model type {text.get('model_type')!r}, or correct the file."
@@ -154,6 +154,17 @@ def _check_config(path: Path, text: Mapping[str, Any], model_class: str | None, 
             f"`{path}` describes a model whose code comes with it ({', '.join(sorted(map(str, brought)))}), and that "
             f"code would run here. Read it, then give `trust_remote_code=True` (`--trust-remote-code`)."
         )
+    named = text.get("architectures")
+    if named is not None and not isinstance(named, list):
+        raise ConfigError(
+            f"`{path}` has `architectures: {named!r}`, which should be a list of names of classes. Correct the file."
+        )
+    wrong = [
+        key for key, value in text.items()
+        if key.startswith(("num_", "n_")) and isinstance(value, int) and not isinstance(value, bool) and value < 0
+    ]  # fmt: skip
+    if wrong:
+        raise ConfigError(f"`{path}` has `{wrong[0]}: {text[wrong[0]]}`, of which there can be none. Correct the file.")
     if model_class is None and not text.get("architectures"):
         raise ConfigError(
             f"`{path}` names no class in `architectures`, so which model it configures is not known: a "
@@ -187,7 +198,7 @@ def _build(
             built = (
                 found.from_config(config, trust_remote_code=trusted) if _is_auto(found) else found._from_config(config)
             )
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except Exception as error:
         raise ConfigError(
             f"`{path}` could not be built as {name!r} ({type(error).__name__}: {_first_line(error)}). Correct the "
             f"configuration, or give the class that fits it as `model_class` (`--model-class`)."

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from accel.local_sgd import LocalSGD as LocalSGD
     from accel.project import ProjectConfiguration as ProjectConfiguration
     from accel_bigmodel import BnbQuantizationConfig as BnbQuantizationConfig
+    from accel_bigmodel import DeviceSpeed as DeviceSpeed
+    from accel_bigmodel import EstimateOptions as EstimateOptions
+    from accel_bigmodel import Machine as Machine
     from accel_bigmodel import TorchaoQuantizationConfig as TorchaoQuantizationConfig
+    from accel_bigmodel import Workload as Workload
     from accel_bigmodel import align_module_device as align_module_device
     from accel_bigmodel import check_device_map as check_device_map
     from accel_bigmodel import compute_module_sizes as compute_module_sizes
@@ -35,8 +39,11 @@ if TYPE_CHECKING:
     from accel_bigmodel import load_and_quantize_model as load_and_quantize_model
     from accel_bigmodel import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
     from accel_bigmodel import load_checkpoint_in_model as load_checkpoint_in_model
+    from accel_bigmodel import print_sizes as print_sizes
     from accel_bigmodel import remove_hooks as remove_hooks
+    from accel_bigmodel import retie_parameters as retie_parameters
     from accel_bigmodel import set_module_tensor_to_device as set_module_tensor_to_device
+    from accel_bigmodel import total_size_bytes as total_size_bytes
     from accel_data import DataLoaderConfiguration as DataLoaderConfiguration
     from accel_data import skip_first_batches as skip_first_batches
     from accel_launch.notebook import debug_launcher as debug_launcher
@@ -81,7 +88,11 @@ _HOME = {
     "LocalSGD": "accel.local_sgd",
     "ProjectConfiguration": "accel.project",
     "BnbQuantizationConfig": "accel_bigmodel",
+    "DeviceSpeed": "accel_bigmodel",
+    "EstimateOptions": "accel_bigmodel",
+    "Machine": "accel_bigmodel",
     "TorchaoQuantizationConfig": "accel_bigmodel",
+    "Workload": "accel_bigmodel",
     "align_module_device": "accel_bigmodel",
     "check_device_map": "accel_bigmodel",
     "compute_module_sizes": "accel_bigmodel",
@@ -101,8 +112,11 @@ _HOME = {
     "load_and_quantize_model": "accel_bigmodel",
     "load_checkpoint_and_dispatch": "accel_bigmodel",
     "load_checkpoint_in_model": "accel_bigmodel",
+    "print_sizes": "accel_bigmodel",
     "remove_hooks": "accel_bigmodel",
+    "retie_parameters": "accel_bigmodel",
     "set_module_tensor_to_device": "accel_bigmodel",
+    "total_size_bytes": "accel_bigmodel",
     "DataLoaderConfiguration": "accel_data",
     "skip_first_batches": "accel_data",
     "debug_launcher": "accel_launch.notebook",

@@ -12,5 +12,6 @@
 `optimizers` by name
 `batches`    made up by a model's kind
 `tracker`    which memory is alive
+`leftovers`  what a model's code kept of a trace
 ===========  ==========================================================
 """

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from accel_bigmodel.estimate.blocks import Blocks, checkpoint_blocks
 from accel_bigmodel.estimate.fakes import GroupedProducts, fake_like, fake_model, one_sequence_each, quiet_fakes
+from accel_bigmodel.estimate.leftovers import TracingMode
 from accel_bigmodel.estimate.optimizers import make_optimizer
 from accel_bigmodel.estimate.options import EstimateOptions
 from accel_bigmodel.estimate.rules import CudaRules
@@ -172,7 +173,10 @@ def _fakes(
     on_gpu = options.device == "cuda"
     tracker = AllocationTracker(granularity_bytes=_CUDA_GRANULARITY_BYTES if on_gpu else 1, known=known)
     with ExitStack() as stack:
-        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        mode = stack.enter_context(TracingMode(allow_non_fake_inputs=True))
+        # Kernels that compute a whole layer take memory inside that no trace sees.
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(GroupedProducts())  # type: ignore[no-untyped-call]
         stack.enter_context(quiet_fakes())
         if not packed:

@@ -12,6 +12,7 @@ from torch import nn
 
 from accel_bigmodel.estimate.batches import made_up_batch, sequence_length_of
 from accel_bigmodel.estimate.fakes import NEEDS_VALUES
+from accel_bigmodel.estimate.leftovers import forget_fakes
 from accel_bigmodel.estimate.options import EstimateOptions
 from accel_bigmodel.estimate.passes import Loss, trace_generation, trace_inference, trace_training
 from accel_bigmodel.estimate.result import MemoryEstimate, Run
@@ -39,7 +40,8 @@ def estimate_memory(
 
     Weights are counted. Runs are traced: the model's own forward, backward and optimizer step run on tensors without
     values, and what is alive at the worst moment is the answer, so it holds for any model that can be traced. Nothing
-    is allocated but bookkeeping, and `model` is left as it is.
+    is allocated but bookkeeping, and `model` is left as it is. Caches of ``functools`` that took tensors of a trace are
+    emptied; whether anything else did, such as a table in a global variable, the notes of the result say.
 
     Args:
         model: a name for `describe_model`, what that returned, or any module, on the meta device too.
@@ -92,7 +94,8 @@ def estimate_memory(
     if options.training:
         tell("tracing training steps")
         begun = time.monotonic()
-        training = _run(lambda: trace_training(module, batch(labels=True), options, loss))
+        opaque = _opaque(module, options)
+        training = opaque or _run(lambda: trace_training(module, batch(labels=True), options, loss))
         tell(f"traced training steps in {time.monotonic() - begun:.1f} s")
     return MemoryEstimate(
         title=known.title,
@@ -102,7 +105,7 @@ def estimate_memory(
         generation=generation,
         training=training,
         given_inputs=inputs is not None,
-        notes=_notes(options, known.config),
+        notes=_notes(options, known.config, num_left=forget_fakes()),
     )
 
 
@@ -143,8 +146,31 @@ def _short(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _notes(options: EstimateOptions, config: Any) -> tuple[str, ...]:
+def _opaque(model: nn.Module, options: EstimateOptions) -> Run | None:
+    """Why the training of a model cannot be traced whose layers keep memory for backward that torch does not show."""
+    opaque = (nn.LSTM,) if options.device == "cpu" else (nn.RNN, nn.LSTM, nn.GRU)
+    found = next((name for name, module in model.named_modules() if isinstance(module, opaque)), None)
+    if found is None:
+        return None
+    kind = type(model.get_submodule(found)).__name__
+    return Run(
+        unknown=f"`{found or kind}` is an {kind}, whose kernels keep memory for backward that torch shows only when it "
+        f"is taken. Measure a real run with `AllocationTracker`."
+    )
+
+
+def _notes(options: EstimateOptions, config: Any, *, num_left: int) -> tuple[str, ...]:
     notes = []
+    if num_left:
+        notes.append(
+            f"The model's own code kept {num_left} tensors without values, as in a table that it makes once. What it "
+            f"computes from now on may be without values too: estimate it in a process of its own."
+        )
+    if options.device == "cpu":
+        notes.append(
+            "Memory that kernels take and give back inside is not counted; convolutions need most of it, on small "
+            "models more than 5 % of the whole."
+        )
     if options.device == "cuda":
         notes.append(
             "By the rules of a GPU: sizes in steps of 512 bytes, attention by the kernel that torch would choose, "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from html import escape
+from html import escape as escape_html
 from typing import Protocol
 
 from accel_bigmodel.placing.cost import PlaceUse
 from accel_bigmodel.placing.memory import UNLIMITED, shown_place
 from accel_bigmodel.placing.plan import Plan
-from accel_bigmodel.placing.shown import layers_text
+from accel_bigmodel.placing.shown import layers_text, printable
 from accel_bigmodel.sizes import format_bytes
 
 __all__ = ["html", "svg"]
@@ -34,6 +34,11 @@ svg{width:100%;height:auto;border:1px solid #d5d9de;border-radius:8px}
 th,td{padding:.35rem .7rem;border-bottom:1px solid #d5d9de;text-align:right;white-space:nowrap}
 th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 td:nth-child(2){white-space:normal;overflow-wrap:anywhere;min-width:12rem}"""
+
+
+def escape(text: str) -> str:
+    """As XML and HTML take it, with characters that these forbid made visible."""
+    return escape_html("\n".join(printable(line) for line in text.split("\n")))
 
 
 class Shown(Protocol):

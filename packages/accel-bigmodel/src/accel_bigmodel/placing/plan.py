@@ -170,13 +170,14 @@ def _refuse_layer(problem: Problem, widest: int) -> None:
         if layer.total_bytes + running <= budget or streamed <= main_budget:
             continue
         acts = f" with {format_bytes(running)} of activations" if running else ""
+        split = ", or let it be split (`no_split_module_classes`)" if layer.is_block else ""
         raise ConfigError(
             f"The layer `{layer.name}` ({layer.kind}) takes {format_bytes(layer.total_bytes)} in "
             f"{_dtype_name(chain)}{acts}. That fits into no device: the largest is "
             f"{shown_place(problem.places[widest])} with {format_bytes(budget)}; and it cannot be streamed, as "
             f"{shown_place(problem.places[problem.main])}, where it would run, needs {format_bytes(streamed)} and has "
             f"{format_bytes(main_budget)}. Give a device more memory, use a smaller dtype"
-            f"{' or workload' if running else ''}, or let it be split (`no_split_module_classes`)."
+            f"{' or workload' if running else ''}{split}."
         )
 
 

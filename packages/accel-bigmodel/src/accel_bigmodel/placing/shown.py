@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from accel_bigmodel.placing.cost import PlaceUse
 from accel_bigmodel.placing.plan import Plan
 
-__all__ = ["format_seconds", "layers_text"]
+__all__ = ["format_seconds", "layers_text", "printable"]
 
 
 def format_seconds(seconds: float) -> str:
@@ -28,11 +28,16 @@ def _runs(layers: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
+def printable(name: str) -> str:
+    """A name from a file, with what a terminal would obey and XML forbids made visible."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)
+
+
 def layers_text(plan: Plan, use: PlaceUse) -> str:
     """Ranges of names, and how many there are."""
     if not use.layers:
         return "-"
-    names = [layer.name for layer in plan.chain.layers]
+    names = [printable(layer.name) for layer in plan.chain.layers]
     told = [
         f"{names[first]}..{_ending(names[first], names[last])}" if last > first else names[first]
         for first, last in _runs(use.layers)

@@ -52,6 +52,11 @@ def select_layers(model: nn.Module, config: QuantizationConfig) -> Selection:
         if name not in skipped and f"{name}.weight" not in float32 and f"{name}.weight" not in tied
     )
     if not layers:
+        if type(model) is nn.Linear:
+            raise ConfigError(
+                "A single `nn.Linear` cannot be quantized by itself, as it is replaced where a model holds it. Put it "
+                "into one, such as `nn.Sequential`."
+            )
         held = sorted({type(module).__name__ for module in model.modules() if not module._modules})
         raise ConfigError(
             f"Nothing of the `{type(model).__name__}` can be quantized: it has {len(linear)} layers of the class "
