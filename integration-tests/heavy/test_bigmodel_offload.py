@@ -23,9 +23,11 @@ from transformers import (
 
 from accel_bigmodel.offload.division import group_tensors
 from accel_bigmodel.offload.hooks import units_of
+from accel_bigmodel.offload.offloading import remove_hooks
 from accel_bigmodel.offload.streaming import stream_tensors
 from accel_bigmodel.stored import read_index
 from accel_bigmodel.testing import FakeTransfers
+from accel_state.errors import ConfigError
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 
@@ -195,3 +197,29 @@ def test_a_compiled_model_generates_the_same() -> None:
             torch.testing.assert_close(model(TOKENS).logits, expected)
     assert transfers.host_waits == 0
     torch._dynamo.reset()
+
+
+def test_adapters_that_come_after_offload_compute_where_the_weights_will_be() -> None:
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(4)
+        found = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        return found.eval()
+
+    model = make("llama")
+    transfers = offload(model)
+    late, plain = adapted(model), adapted(make("llama"))
+    with torch.no_grad(), transfers.watch():
+        assert torch.equal(late(TOKENS).logits, plain(TOKENS).logits)
+    with pytest.raises(ConfigError, match="`remove_hooks` first"):
+        late.merge_adapter()
+    remove_hooks(late)
+    assert torch.equal(late(TOKENS).logits, plain(TOKENS).logits)
+    late.merge_adapter()
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_a_model_says_where_its_inputs_belong(kind: str) -> None:
+    model = make(kind)
+    offload(model)
+    assert model.device == torch.device("cpu")
+    assert torch.equal(TOKENS.to(model.device), TOKENS)

@@ -14,7 +14,7 @@ from benchmarks import compare, page
 from benchmarks.sides import Side
 from repository import ROOT
 
-KEYS = ["P5", "P6", "P7", "P8", "P9", "P10", "P11", "P12", "P13", "P14", "Dispatch"]
+KEYS = ["P3", "P4", "P5", "P6", "P7", "P8", "P9", "P10", "P11", "P12", "P13", "P14", "P15", "Dispatch"]
 
 
 @pytest.mark.matrix

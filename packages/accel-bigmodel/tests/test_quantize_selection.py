@@ -116,7 +116,8 @@ def test_output_layers() -> None:
     "model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Conv1d(2, 2, 1))], ids=["one", "h", "c"]
 )
 def test_a_model_without_layers_to_quantize(model: nn.Module) -> None:
-    with pytest.raises(ConfigError, match=r"Nothing of the .* can be quantized.*made of (Linear|Conv1d)|single `nn\.Linear`"):
+    reason = r"Nothing of the .* can be quantized.*made of (Linear|Conv1d)|single `nn\.Linear`"
+    with pytest.raises(ConfigError, match=reason):
         select_layers(model, TorchaoQuantizationConfig(weights="int8"))
 
 
