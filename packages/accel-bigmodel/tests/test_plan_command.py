@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_the_memory_of_this_machine_is_the_default(checkpoint: Path, capsys: pyt
         (["--map-output", "nowhere/map.json"], "its folder does not exist"),
         (["--no-split", "Block"], "only names of tensors are known"),
         (["--dtype", "bf17"], r"'bf17' is no dtype.*Did you mean 'bf16'\?"),
-        (["--main-device", "3", "--memory", "0=1GB"], "`max_memory` does not offer it"),
+        (["--main-device", "3", "--memory", "0=1GB"], "`--memory` does not offer it"),
     ],
 )
 def test_words_that_make_no_sense(checkpoint: Path, words: list[str], message: str) -> None:
@@ -109,3 +110,16 @@ def test_help_teaches_and_does_not_import_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "accel plan ./llama --memory 0=20GiB,cpu=60GiB" in done.stdout
     assert HELP in done.stdout
+
+
+def test_a_length_that_the_model_does_not_know_is_refused() -> None:
+    from types import SimpleNamespace
+
+    from accel_bigmodel.plan_command import _parser, _workload
+
+    found: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+    options = _parser().parse_args(["model"])
+    assert _workload(options, found).sequence_length == 512
+    options = _parser().parse_args(["model", "--sequence-length", "600"])
+    with pytest.raises(ConfigError, match="longer than the 512 positions"):
+        _workload(options, found)

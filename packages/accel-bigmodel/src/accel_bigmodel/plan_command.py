@@ -43,6 +43,13 @@ examples
       from the headers of a checkpoint alone; numbers for programs"""
 
 
+_FLAGS = {
+    "max_memory": "--memory", "main_device": "--main-device", "no_split_module_classes": "--no-split",
+    "staging_slots": "--slots", "workload.dtype": "--activation-dtype", "offload_buffers": "--offload-buffers",
+}  # fmt: skip
+"""What errors name, and what the one who typed the command calls it."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command and return the exit code.
 
@@ -58,7 +65,10 @@ def main(argv: Sequence[str]) -> int:
         print(parser.format_help().rstrip())
         return 0
     options = parser.parse_args(list(argv))
-    explanation = _explain(options)
+    try:
+        explanation = _explain(options)
+    except ConfigError as error:
+        raise ConfigError(_in_flags(str(error))) from error
     print(json.dumps(explanation.to_dict(), indent=1) if options.json else explanation)
     if options.picture:
         page = options.picture.suffix.lower() in (".html", ".htm")
@@ -68,13 +78,22 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _in_flags(said: str) -> str:
+    """What Python's settings are called here."""
+    for setting, flag in _FLAGS.items():
+        said = said.replace(f"`{setting}`", f"`{flag}`").replace(f"`{setting}[", f"`{flag} [").replace(
+            f"`{setting}=", f"`{flag} "
+        )  # fmt: skip
+    return said
+
+
 def _explain(options: argparse.Namespace) -> Explanation:
     from accel_bigmodel.model_source import describe_model
     from accel_bigmodel.placing import Explanation
 
     _check_options(options)
     found = describe_model(options.model, model_class=options.model_class, trust_remote_code=options.trust_remote_code)
-    workload = _workload(options)
+    workload = _workload(options, found)
     plan = _plan(found, options, workload)
     return Explanation(plan=plan, title=found.title, notes=tuple(_notes(found, plan, workload)))
 
@@ -151,12 +170,19 @@ def _usual_dtype(found: ModelDescription) -> torch.dtype | None:
     return named if isinstance(named, torch.dtype) else None
 
 
-def _workload(options: argparse.Namespace) -> Workload:
+def _workload(options: argparse.Namespace, found: ModelDescription) -> Workload:
     from accel_bigmodel.placing import Workload
 
+    most = getattr(found.config, "max_position_embeddings", None)
+    length = options.sequence_length or (min(2048, most) if isinstance(most, int) and most > 0 else 2048)
+    if isinstance(most, int) and 0 < most < length:
+        raise ConfigError(
+            f"`--sequence-length {length}` is longer than the {most} positions that `{options.model}` knows "
+            f"(`max_position_embeddings`). Give at most {most}."
+        )
     return Workload(
         batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
+        sequence_length=length,
         phase=options.phase,
         kv_cache=options.kv_cache,
         dtype=options.activation_dtype,
@@ -258,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a configuration")
     work = parser.add_argument_group("workload")
     work.add_argument("--batch-size", type=_count, default=1, metavar="N", help="sequences at once (default 1)")
-    work.add_argument("--sequence-length", type=_count, default=2048, metavar="N", help="tokens of each (default 2048)")
+    work.add_argument("--sequence-length", type=_count, default=None, metavar="N", help="of each (default 2048, or the most)")
     work.add_argument("--phase", choices=("prefill", "decode"), default="prefill", help="all tokens, or one more")
     work.add_argument("--no-kv-cache", dest="kv_cache", action="store_false", help="keep no keys and values")
     work.add_argument("--activation-dtype", metavar="DTYPE", help="of activations and cache (default: as the weights)")
