@@ -284,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a configuration")
     work = parser.add_argument_group("workload")
     work.add_argument("--batch-size", type=_count, default=1, metavar="N", help="sequences at once (default 1)")
-    work.add_argument("--sequence-length", type=_count, default=None, metavar="N", help="of each (default 2048, or the most)")
+    work.add_argument("--sequence-length", type=_count, metavar="N", help="of each (default 2048, or the most)")
     work.add_argument("--phase", choices=("prefill", "decode"), default="prefill", help="all tokens, or one more")
     work.add_argument("--no-kv-cache", dest="kv_cache", action="store_false", help="keep no keys and values")
     work.add_argument("--activation-dtype", metavar="DTYPE", help="of activations and cache (default: as the weights)")
