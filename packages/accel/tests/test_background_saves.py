@@ -103,24 +103,13 @@ def test_one_at_a_time(alone: None, tmp_path: Path) -> None:
 def test_a_busy_save_is_the_one_that_is_returned(alone: None, tmp_path: Path) -> None:
     accelerator, *_ = prepared(tmp_path, width=3_000_000)  # takes longer to write than to look
     first = accelerator.save_state(blocking=False)
-    (writer,) = children_of(os.getpid(), "accel_parallel.checkpoint.writer")
+    writer = first._writer._process.pid
     os.kill(writer, signal.SIGSTOP)
     assert accelerator.save_state(blocking=False, if_busy="skip") is first
     assert not first.done
     os.kill(writer, signal.SIGCONT)
     accelerator.end_training()
     assert first.done
-
-
-def children_of(pid: int, command: str) -> list[int]:
-    """Processes that `pid` has started, by a word of their command line."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == pid and command in (folder / "cmdline").read_text():
-                found.append(int(folder.name))
-    return found
 
 
 def failing(folder: str, later: str) -> tuple[str, list[str], bool]:
@@ -187,8 +176,7 @@ def test_a_killed_writer_is_told(alone: None, tmp_path: Path) -> None:
     accelerator, *_ = prepared(tmp_path, width=3_000_000)
     accelerator.save_state()
     pending = accelerator.save_state(blocking=False)
-    (writer,) = children_of(os.getpid(), "accel_parallel.checkpoint.writer")
-    os.kill(writer, signal.SIGKILL)
+    os.kill(pending._writer._process.pid, signal.SIGKILL)
     with pytest.raises(CheckpointError, match=r"process that wrote it ended with code -9\. Earlier ones are"):
         pending.wait()
     accelerator.save_state()
@@ -298,7 +286,7 @@ def test_an_interrupted_wait_leaves_the_memory_to_its_writer(alone: None, tmp_pa
     accelerator, model, _ = prepared(tmp_path, width=3_000_000)
     first = accelerator.save_state(tmp_path / "first", blocking=False)
     before = model[0].weight[0, 0].item()
-    (writer,) = children_of(os.getpid(), "accel_parallel.checkpoint.writer")
+    writer = first._writer._process.pid
     os.kill(writer, signal.SIGSTOP)
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
         signal.setitimer(signal.ITIMER_REAL, 0.3)
@@ -322,7 +310,7 @@ def test_signals_to_the_whole_group_do_not_end_a_writer(alone: None, tmp_path: P
     """Sent while it starts, they are kept for when it can ignore them."""
     accelerator, *_ = prepared(tmp_path, width=1_000_000)
     pending = accelerator.save_state(blocking=False)
-    (writer,) = children_of(os.getpid(), "accel_parallel.checkpoint.writer")
+    writer = pending._writer._process.pid
     os.kill(writer, number)
     assert pending.wait() == tmp_path / "checkpoints" / "checkpoint_0"
     Checkpoint(tmp_path / "checkpoints" / "checkpoint_0").verify()
@@ -346,8 +334,7 @@ def test_whatever_the_path_and_the_folder_hold(alone: None, tmp_path: Path, monk
 def test_a_failure_is_raised_by_its_handle_as_often_as_it_is_asked(alone: None, tmp_path: Path) -> None:
     accelerator, *_ = prepared(tmp_path, width=3_000_000)
     pending = accelerator.save_state(blocking=False)
-    (writer,) = children_of(os.getpid(), "accel_parallel.checkpoint.writer")
-    os.kill(writer, signal.SIGKILL)
+    os.kill(pending._writer._process.pid, signal.SIGKILL)
     for call in (accelerator.save_state, pending.wait, pending.wait):
         with pytest.raises(CheckpointError, match="ended with code -9"):
             call()
@@ -364,8 +351,7 @@ def skipping(folder: str) -> list[str]:
         accelerator.save_state(blocking=False).wait()
         pending = accelerator.save_state(blocking=False)
         if process.topology.rank == 1:
-            for writer in children_of(os.getpid(), "accel_parallel.checkpoint.writer"):
-                os.kill(writer, signal.SIGKILL)
+            os.kill(pending._writer._process.pid, signal.SIGKILL)
             while not pending.done:
                 time.sleep(0.01)
         process.barrier()
@@ -396,9 +382,8 @@ def test_a_fork_of_the_run_has_nothing_to_wait_for(tmp_path: Path) -> None:
 
 def test_the_process_is_closed_though_its_last_save_failed(tmp_path: Path) -> None:
     accelerator, *_ = prepared(tmp_path, width=3_000_000)
-    accelerator.save_state(blocking=False)
-    (writer,) = children_of(os.getpid(), "accel_parallel.checkpoint.writer")
-    os.kill(writer, signal.SIGKILL)
+    pending = accelerator.save_state(blocking=False)
+    os.kill(pending._writer._process.pid, signal.SIGKILL)
     with pytest.raises(CheckpointError, match="ended with code -9"):
         accelerator.end_training()
     with Process.open(CPU):  # it is free
