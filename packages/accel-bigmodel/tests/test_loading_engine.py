@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from accel_bigmodel.loading.box import cut, meet, offset_of, shape_of, whole
 from accel_bigmodel.loading.delivery import Delivery, OpenFiles, Piece, ReadSettings, batches, pieces_of
 from accel_bigmodel.loading.engine import deliver
 from accel_bigmodel.loading.progress import Progress
 from accel_bigmodel.stored import StoredTensor, read_file_header
+from accel_bigmodel.testing import save_file
 from accel_state.errors import CheckpointError, ConfigError
 
 shapes = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple)

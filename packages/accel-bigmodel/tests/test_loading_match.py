@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from accel_bigmodel import init_empty_weights
 from accel_bigmodel.loading import load_checkpoint_in_model
+from accel_bigmodel.testing import save_file
 from accel_state.errors import CheckpointError, ConfigError
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from accel_bigmodel import init_empty_weights
 from accel_bigmodel.loading import ReadSettings, load_checkpoint_in_model
+from accel_bigmodel.testing import save_file
 from accel_state.testing import run_ranks
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is told by Linux's /proc")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from accel_bigmodel import init_empty_weights
 from accel_bigmodel.loading import LoadedCheckpoint, ReadSettings, load_checkpoint_in_model
 from accel_bigmodel.loading import delivery as delivery_module
+from accel_bigmodel.testing import save_file
 from accel_state import Process
 from accel_state.errors import AccelError
 from accel_state.testing import run_ranks

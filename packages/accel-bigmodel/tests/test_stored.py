@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from accel_bigmodel.stored import StoredTensor, map_tensor, read_bytes, read_file_header, read_index, read_into
+from accel_bigmodel.testing import save_file
 from accel_state.errors import CheckpointError
 
 TENSORS = {

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from accel_bigmodel.stored import map_tensor, read_file_header
 from accel_state.tensor_format import TensorShape, bytes_of, file_header, order_in_file
 
-__all__ = ["save_file"]
+__all__ = ["load_file", "save_file"]
 
 
 def save_file(tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
@@ -19,3 +20,8 @@ def save_file(tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
         stream.write(file_header(shapes))
         for name in order_in_file(shapes):
             stream.write(bytes_of(tensors[name]))
+
+
+def load_file(path: str | Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file, in memory of its own."""
+    return {name: map_tensor(stored).clone() for name, stored in read_file_header(path).items()}
