@@ -20,6 +20,7 @@ from accel_bigmodel.offload.hooks import units_of
 from accel_bigmodel.offload.offloading import disk_offload, remove_hooks, to_disk
 from accel_bigmodel.offload.placeholder import Placeholder
 from accel_bigmodel.offload.streaming import stream_tensors
+from accel_bigmodel.stored import read_index
 from accel_bigmodel.testing import FakeTransfers, save_file
 from accel_state.errors import ConfigError
 
@@ -186,6 +187,21 @@ def test_changes_are_kept_that_torch_does_not_count() -> None:
         value.zero_()
     with torch.no_grad():
         assert model(ROWS).abs().sum() == 0
+
+
+def test_looking_at_weights_in_a_file_copies_none_of_them(tmp_path: Path) -> None:
+    model = make()
+    save_file({each.name: each.value.detach() for each in group_tensors(model)}, tmp_path / "model.safetensors")
+    stream_tensors(model, group_tensors(model), dict(read_index(tmp_path)), transfers=FakeTransfers())
+    with align_module_device(model), torch.no_grad():
+        assert model.blocks[0][0].weight.abs().sum() > 0
+        model.blocks[2][0].bias.data[1] = 7
+    changed = {unit.name: list(unit.source._changed) for unit in units_of(model)}  # type: ignore[attr-defined]
+    assert [name for name, held in changed.items() if held] == ["blocks.2"]
+    assert len(changed["blocks.2"]) == 1
+    assert model.state_dict()["blocks.2.0.bias"][1] == 7
+    for unit in units_of(model):
+        unit.engine.close()
 
 
 class Buffered(nn.Module):

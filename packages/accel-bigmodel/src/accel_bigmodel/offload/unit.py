@@ -197,17 +197,23 @@ class Unit:
         for tensor, put in zip(self.tensors, self._put, strict=True):
             now = tensor.now(put)
             # Batch normalisation changes its statistics without counting that.
-            may_change = keep_all or (not tensor.is_parameter and tensor.is_trained)
+            may_change = not tensor.is_parameter and tensor.is_trained
             if tensor.is_plain and (now is not put or now.data_ptr() != self._views[index].data_ptr()):
                 refused = self._keep_another(tensor, index, now) or refused
             else:
                 for piece in range(index, index + tensor.num_pieces):
                     counted = bool(self._views[piece]._version)
-                    if counted or may_change:
+                    if counted or may_change or (keep_all and self._differs(piece)):
                         self._engine.write_back(self._load, piece, self._views[piece])
                         self._load.changes[piece] += counted
             index += tensor.num_pieces
         return refused
+
+    def _differs(self, piece: int) -> bool:
+        """Whether the device has other values than the host. Looking at them costs less than keeping a copy of a file."""
+        self._engine.settle(self._load)
+        found, kept = (each.reshape(-1).view(torch.uint8) for each in (self._views[piece], self.source.tensor(piece)))
+        return not torch.equal(found.to("cpu"), kept)
 
     def _keep_another(self, tensor: MovedTensor, index: int, now: Any) -> ConfigError | None:
         """Write back what was put in a tensor's place."""
