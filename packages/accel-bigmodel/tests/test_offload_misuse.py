@@ -278,26 +278,30 @@ def test_loading_into_an_offloaded_model_is_refused(tmp_path: Path) -> None:
         load_checkpoint_in_model(model, tmp_path)
 
 
-def lets_go(model: Any) -> None:
-    del model
+def on_disk(folder: Path) -> Any:
+    model = make()
+    tensors = group_tensors(model)
+    values: dict[str, Any] = {}
+    file = to_disk(tensors, values, folder)
+    stream_tensors(model, tensors, values, transfers=FakeTransfers(), keep=file)
+    return model
 
 
 def test_a_forked_process_removes_nothing(tmp_path: Path) -> None:
-    tensors = group_tensors(model := make())
-    values: dict[str, Any] = {}
-    file = to_disk(tensors, values, tmp_path)
-    stream_tensors(model, tensors, values, transfers=FakeTransfers(), keep=file)
-    del file, values
+    held = [on_disk(tmp_path)]  # nothing else refers to the model, so that clearing the list is its end
     (path,) = tmp_path.iterdir()
-    process = multiprocessing.get_context("fork").Process(target=lets_go, args=(model,))
+    process = multiprocessing.get_context("fork").Process(target=held.clear)
     process.start()
     process.join(20)
     assert process.exitcode == 0
     assert path.exists()
     with torch.no_grad():
-        assert torch.equal(model(ROWS), make()(ROWS))
-    for unit in units_of(model):
+        assert torch.equal(held[0](ROWS), make()(ROWS))
+    for unit in units_of(held[0]):
         unit.engine.close()
+    del unit
+    held.clear()
+    assert not path.exists()
 
 
 def test_a_relative_folder_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ class Unit:
         return refused
 
     def _differs(self, piece: int) -> bool:
-        """Whether the device has other values than the host. Looking at them costs less than keeping a copy of a file."""
+        """Whether the device has other values than the host. To compare costs less than to keep a copy of a file."""
         self._engine.settle(self._load)
         found, kept = (each.reshape(-1).view(torch.uint8) for each in (self._views[piece], self.source.tensor(piece)))
         return not torch.equal(found.to("cpu"), kept)
