@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import threading
 import time
 from pathlib import Path
@@ -152,6 +153,24 @@ def test_rows_that_nobody_wants_are_not_read(tmp_path: Path) -> None:
         read = deliver([Delivery(source, ((3, 5), (0, 10)), memory)], ReadSettings(), progress=progress)
     assert read == 2 * 10 * 4
     assert memory[0, 0].item() == 30.0
+
+
+def test_an_interrupt_ends_the_threads_before_all_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = stored_file(tmp_path, {f"t{number}": torch.randn(1024) for number in range(100)})
+    begun: list[Piece] = []
+    read = OpenFiles.read
+
+    def slow(files: OpenFiles, piece: Piece, destination: torch.Tensor) -> None:
+        begun.append(piece)
+        if len(begun) == 4:
+            signal.raise_signal(signal.SIGINT)  # as Ctrl-C: the main thread gets it, wherever it waits
+        time.sleep(0.02)
+        read(files, piece, destination)
+
+    monkeypatch.setattr(OpenFiles, "read", slow)
+    with Progress(0, shown=False) as progress, pytest.raises(KeyboardInterrupt):
+        deliver(targets(stored, torch.float32), ReadSettings(num_threads=2, chunk_bytes=4096), progress=progress)
+    assert len(begun) < 100
 
 
 def test_one_failing_thread_ends_the_others_and_is_told(tmp_path: Path) -> None:
