@@ -163,7 +163,7 @@ def test_an_interrupt_ends_the_threads_before_all_is_read(tmp_path: Path, monkey
     def slow(files: OpenFiles, piece: Piece, destination: torch.Tensor) -> None:
         begun.append(piece)
         if len(begun) == 4:
-            signal.raise_signal(signal.SIGINT)  # as Ctrl-C: the main thread gets it, wherever it waits
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as Ctrl-C, wherever it waits
         time.sleep(0.02)
         read(files, piece, destination)
 
