@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import subprocess
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from accel_parallel.checkpoint import commit as commit_module
 from accel_parallel.checkpoint import manifest as manifest_module
 from accel_parallel.checkpoint.folder import sync_to_disk
 from accel_parallel.checkpoint.layout import previous_path, recover
+from accel_parallel.checkpoint.staging import LocalStaging
 from accel_state import CheckpointError, Process, ProcessSettings
 from accel_state.testing import RankError, run_ranks
 
@@ -290,6 +292,14 @@ def test_a_small_disk_that_is_really_full(tmp_path: Path) -> None:
 # Failures of a rank
 
 
+def slowly(original: Callable[..., Any]) -> Callable[..., Any]:
+    def operation(*args: Any) -> Any:
+        time.sleep(0.3)
+        return original(*args)
+
+    return operation
+
+
 def failing(final: Path, kind: str) -> str:
     process = Process.current()
     rank = process.topology.rank
@@ -306,8 +316,12 @@ def failing(final: Path, kind: str) -> str:
             item = Item("part_0", "custom", {})
         elif kind == "bug":
             item = Item("part_1", "custom", Unruly())
-    with pytest.raises(CheckpointError, match="could not") as caught:
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(LocalStaging, "abandon", slowly(LocalStaging.abandon)))
+        caught = stack.enter_context(pytest.raises(CheckpointError, match="could not"))
         save_checkpoint(final, [item], process=process, step=0, strategy="any")
+    if "nothing of it was kept" in str(caught.value) or kind == "name":
+        assert os.listdir(final.parent) == []  # on every rank, also those that remove nothing themselves
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     return str(caught.value)
 

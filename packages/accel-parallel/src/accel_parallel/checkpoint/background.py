@@ -77,8 +77,8 @@ class BackgroundSaver:
         token = on_main(self.process, lambda: staging.begin(os.getpid()), "begin")
         try:
             share = outgoing.share(self.process)
-            buffer = self._reserved(share, staging)
-            ranges = self._filled(buffer, share, staging)
+            buffer = self._reserved(share, staging, token)
+            ranges = self._filled(buffer, share, staging, token)
             about = About.run(self.process, step=step, strategy=strategy)
             job = Job(
                 location=staging.location,
@@ -136,7 +136,7 @@ class BackgroundSaver:
             self._buffer.close()
             self._buffer = None
 
-    def _reserved(self, share: Share, staging: Staging) -> HostBuffer:
+    def _reserved(self, share: Share, staging: Staging, token: str) -> HostBuffer:
         """Every rank must call this. Room for this rank's files, or an error on every rank."""
         if self._buffer is None:
             self._buffer = HostBuffer(pinned=self.process.device.type == "cuda")
@@ -145,10 +145,12 @@ class BackgroundSaver:
             self._buffer.begin(share.nbytes, share.num_parts)
         except FAILURES as error:
             problem = f"no {share.nbytes} bytes of host memory to copy to, {type(error).__name__}: {error}"
-        raise_failures(gather_object([(self.process.topology.rank, problem)], process=self.process), staging)
+        raise_failures(problem, staging, token, self.process)
         return self._buffer
 
-    def _filled(self, buffer: HostBuffer, share: Share, staging: Staging) -> list[tuple[str, list[tuple[int, int]]]]:
+    def _filled(
+        self, buffer: HostBuffer, share: Share, staging: Staging, token: str
+    ) -> list[tuple[str, list[tuple[int, int]]]]:
         """Every rank must call this. This rank's files, copied, and where each lies, or an error on every rank."""
         # All of them whatever happens: other ranks wait in between.
         copied = [(file.name, _copied(file, buffer)) for file in share.files]
@@ -156,7 +158,7 @@ class BackgroundSaver:
         problem = next((found for _, found in copied if isinstance(found, str)), None)
         if self.process.device.type != "cpu":
             torch.accelerator.synchronize(self.process.device)
-        raise_failures(gather_object([(self.process.topology.rank, problem)], process=self.process), staging)
+        raise_failures(problem, staging, token, self.process)
         return ranges
 
 

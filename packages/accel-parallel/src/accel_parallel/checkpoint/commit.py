@@ -5,8 +5,8 @@ Order of events, the reason that it is safe:
 1. Every rank takes its items apart; where one cannot, all raise, and nothing was written.
 2. The main process makes ``.<name>.tmp-...`` beside the final folder. Nobody reads such names.
 3. Every rank writes its files there and flushes each to the disk.
-4. The main process learns of every rank's files or failure. On a failure it removes the temporary folder, and every
-   rank raises the same error; what was saved before is untouched.
+4. The main process learns of every rank's files or failure. On a failure it removes the temporary folder, and only
+   then every rank raises the same error; what was saved before is untouched.
 5. It writes the manifest, flushes it and the folder, and renames the folder to its final name: the commit.
 6. It flushes the parent folder, and all ranks meet. Only then may older checkpoints be removed.
 """
@@ -30,7 +30,7 @@ from accel_state.collectives import broadcast_object_list, gather_object
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import Process
 
-__all__ = ["agree", "begin", "on_main", "prepare", "raise_failures", "save_checkpoint", "write_checkpoint"]
+__all__ = ["begin", "on_main", "prepare", "raise_failures", "save_checkpoint", "write_checkpoint"]
 
 _Path = TypeVar("_Path", bound="str | Path")
 Written = tuple[dict[str, ItemRecord], dict[str, FileRecord]]
@@ -70,11 +70,18 @@ def save_checkpoint(
     with begin(staging, process) as token:
         share = outgoing.share(process)
         written, problem = _write(staging.folder(token), share.files, sync=sync)
-        answers = agree((share.records, written), problem, staging, process)
+        raise_failures(problem, staging, token, process)
+        answers = gather_object([(process.topology.rank, (share.records, written))], process=process)
         about = About.run(process, step=step, strategy=strategy)
-        on_main(
-            process, lambda: staging.publish(token, about.manifest_of(*_merge(answers)).to_json(), sync=sync), "commit"
-        )
+
+        def publish() -> None:
+            try:
+                staging.publish(token, about.manifest_of(*_merge(answers)).to_json(), sync=sync)
+            except BaseException:
+                staging.abandon(token)  # before the others hear of it: they may look
+                raise
+
+        on_main(process, publish, "commit")
     return final
 
 
@@ -137,7 +144,7 @@ def prepare(items: Sequence[Item], *, spread: bool, staging: Staging, process: P
         outgoing = Outgoing(items, spread=spread)
     except FAILURES as error:
         problem = _said(error)
-    raise_failures(gather_object([(process.topology.rank, problem)], process=process), staging)
+    raise_failures(problem, staging, None, process)
     assert outgoing is not None
     return outgoing
 
@@ -151,17 +158,6 @@ def begin(staging: Staging, process: Process) -> Iterator[str]:
     finally:
         if process.topology.is_main:  # a failure, an interrupt, or a peer that died
             staging.abandon(token)
-
-
-def agree(written: Written, problem: str | None, staging: Staging, process: Process) -> list[tuple[int, Written]]:
-    """Every rank must call this. What each of them wrote.
-
-    Raises:
-        CheckpointError: on every rank, if any could not; nothing was committed.
-    """
-    answers = gather_object([(process.topology.rank, written, problem)], process=process)
-    raise_failures([(rank, problem) for rank, _, problem in answers], staging)
-    return [(rank, written) for rank, written, _ in answers]
 
 
 def on_main(process: Process, action: Callable[[], object], what: str) -> str:
@@ -219,18 +215,22 @@ def _merge(answers: Sequence[tuple[int, Written]]) -> Written:
     return items, files
 
 
-def raise_failures(found: Iterable[tuple[int, str | None]], staging: Staging) -> None:
-    """Raise what ranks met, the same on every rank that was told the same.
+def raise_failures(problem: str | None, staging: Staging, token: str | None, process: Process) -> None:
+    """Every rank must call this, with the problem that it met, if any. What was written under `token` goes first.
 
     Raises:
-        CheckpointError: naming each rank and its problem.
+        CheckpointError: on every rank, if any met one; it names each of them and its problem.
     """
+    found = gather_object([(process.topology.rank, problem)], process=process)
     failures = [f"rank {rank}: {problem}" for rank, problem in found if problem is not None]
-    if failures:
-        raise CheckpointError(
-            f"The checkpoint `{staging.location}` could not be written ({'; '.join(failures)}), and nothing of it was "
-            f"kept; earlier ones are untouched. Correct what is named there, or choose another folder, then save again."
-        )
+    if not failures:
+        return
+    if token is not None:
+        on_main(process, lambda: staging.abandon(token), "clear up")  # before anybody raises, and may look
+    raise CheckpointError(
+        f"The checkpoint `{staging.location}` could not be written ({'; '.join(failures)}), and nothing of it was "
+        f"kept; earlier ones are untouched. Correct what is named there, or choose another folder, then save again."
+    )
 
 
 def _said(error: BaseException) -> str:
