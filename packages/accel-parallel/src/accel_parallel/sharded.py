@@ -87,18 +87,18 @@ def _owns_part(tensor: torch.Tensor) -> bool:
 class _Stored(Protocol):
     @property
     def shape(self) -> torch.Size: ...
-    def read(self, box: Box | None = None) -> torch.Tensor: ...
+    def view(self, box: Box | None = None) -> torch.Tensor: ...
 
 
 def part_of(value: torch.Tensor | _Stored, reference: torch.Tensor) -> torch.Tensor:
-    """The part of `value` that this rank holds of `reference`, which has the same shape.
+    """The part of `value` that this rank holds of `reference`, which has the same shape; only good for copying from.
 
     Args:
-        value: whole, then a view comes back; or divided as `reference` is; or stored in files, which are read.
+        value: whole, or divided as `reference` is, or stored in files, of which no more than that part is read.
         reference: a divided tensor.
     """
     if not isinstance(value, torch.Tensor):
-        return value.read(box_of(reference))
+        return value.view(box_of(reference))
     return value.to_local() if is_sharded(value) else value[box_of(reference).slices]
 
 
@@ -115,7 +115,7 @@ def range_of(value: torch.Tensor | FlatPart | _Stored, start: int, numel: int) -
     if isinstance(value, torch.Tensor):
         return value.reshape(-1).narrow(0, start, numel)
     boxes = boxes_of_range(value.shape, start, numel)
-    return torch.cat([value.read(box).reshape(-1) for box in boxes]) if boxes else torch.empty(0)
+    return torch.cat([value.view(box).reshape(-1) for box in boxes]) if boxes else torch.empty(0)
 
 
 def in_memory(value: Any) -> Any:
@@ -123,12 +123,12 @@ def in_memory(value: Any) -> Any:
     return value.read() if isinstance(getattr(value, "shape", None), torch.Size) and hasattr(value, "read") else value
 
 
-def read_all(read: Callable[[Any, Any], Any], values: Sequence[Any], references: Sequence[Any]) -> list[Any]:
-    """What `read` gives of each, several files' worth at once: memory that is new takes longest to fill."""
+def read_all(read: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+    """What `read` gives of each set of arguments, several at once: memory that is new takes longest to fill."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        return list(pool.map(read, values, references))
+        return list(pool.map(read, *arguments))
 
 
 def to_copy(value: Any) -> Any:

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from accel_parallel.audit import is_spread
 from accel_parallel.clip import check_clip, gradients_of, scale_gradients_
-from accel_parallel.sharded import in_memory, read_all, to_copy
+from accel_parallel.room import fits, room_in
+from accel_parallel.sharded import in_memory, local_of, part_of, read_all, to_copy
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import DistributedType, Process
@@ -237,11 +238,13 @@ class SingleStrategy:
             offset += count
         places = [(name, key) for name, entries in state.state.items() for key in entries]
         parameters = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
+        room = room_in(optimizer, names)
         optimizer.state.clear()  # its memory is for what comes
         values = read_all(
             self._own_entry,
             [state.state[name][key] for name, key in places],
             [parameters.get(name) for name, _ in places],
+            [room.pop(place, None) for place in places],
         )
         held: dict[str, dict[str, Any]] = {name: {} for name in state.state}
         for (name, key), value in zip(places, values, strict=True):
@@ -251,9 +254,16 @@ class SingleStrategy:
         )
         _restore_dtypes(optimizer, names, held)
 
-    def _own_entry(self, value: Any, parameter: torch.Tensor | None) -> Any:
-        """An entry of an optimizer's state as this rank holds it, where the parameter is, so that the host never
-        holds all of them."""
+    def _own_entry(self, value: Any, parameter: torch.Tensor | None, room: torch.Tensor | None) -> Any:
+        """An entry of an optimizer's state as this rank holds it: in `room` where it fits there."""
+        if room is None or not fits(value, room):
+            return self._new_entry(value, parameter)
+        with torch.no_grad():
+            local_of(room).copy_(part_of(value, room))
+        return room
+
+    def _new_entry(self, value: Any, parameter: torch.Tensor | None) -> Any:
+        """The same where the parameter is, so that the host never holds all of them."""
         found = in_memory(value)
         if parameter is None or not isinstance(found, torch.Tensor) or not found.dim():
             return found

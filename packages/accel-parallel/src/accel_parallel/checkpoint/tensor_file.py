@@ -85,15 +85,14 @@ class StoredTensor:
         """Of all its values."""
         return TensorShape(tuple(self.shape), self.dtype).nbytes
 
-    def view(self) -> torch.Tensor:
-        """All of it, good for copying from: its memory may be that of the file."""
-        return self.file.view(self.name)
+    def view(self, box: Box | None = None) -> torch.Tensor:
+        """A part of it, by default all, on the CPU; good for copying from, since its memory may be that of the file."""
+        if box is None or not self.shape:
+            return self.file.view(self.name)
+        rows, *rest = box.slices
+        columns = (slice(None), *rest)
+        return self.file.view(self.name, rows)[columns]
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """A part of it, by default all, on the CPU and in memory of its own."""
-        if box is None or not self.shape:
-            return self.view().clone()
-        rows, *rest = box.slices
-        part = self.file.view(self.name, rows)
-        columns = (slice(None), *rest)
-        return part[columns].clone(memory_format=torch.contiguous_format)
+        """The same in memory of its own, contiguous."""
+        return self.view(box).clone(memory_format=torch.contiguous_format)

@@ -229,9 +229,9 @@ class FSDPStrategy(SingleStrategy):
             for name, value in state.items():
                 local_of(present[name]).copy_(part_of(value, present[name]))
 
-    def _own_entry(self, value: Any, parameter: torch.Tensor | None) -> Any:
+    def _new_entry(self, value: Any, parameter: torch.Tensor | None) -> Any:
         if parameter is None or not is_sharded(parameter):
-            return super()._own_entry(value, parameter)
+            return super()._new_entry(value, parameter)
         return _as_divided(value, parameter)
 
     def full_state(self, model: nn.Module, *, everywhere: bool = True) -> dict[str, torch.Tensor]:
@@ -459,5 +459,4 @@ def _as_divided(value: Any, parameter: torch.Tensor | None) -> Any:
     if getattr(value, "shape", None) != parameter.shape or not len(parameter.shape):
         return in_memory(value)
     own = part_of(value, parameter)
-    # What was read from files is in memory of its own already.
-    return like(own.to(local_of(parameter).device, copy=isinstance(value, torch.Tensor)), parameter)
+    return like(own.to(local_of(parameter).device, copy=True), parameter)
