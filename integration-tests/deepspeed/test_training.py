@@ -418,6 +418,39 @@ def test_a_schedule_of_the_configuration_steps_once_a_step_taken() -> None:
     assert rates[0::2][1:] == rates[1::2][:-1]  # nothing moves inside a window
 
 
+def schedule_of_torch(way: str) -> list[float]:
+    config = {"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}}}
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2, hf_ds_config=config))
+    model = seeded(Branches)
+    optimizer: Any = DummyOptim(model.parameters())
+    if way != "remedy":
+        unread = LinearLR(optimizer, 1.0, 0.5, total_iters=4)
+        with pytest.raises(ConfigError, match=r"LinearLR was made for a `DummyOptim`.*lr_scheduler_callable=lambda"):
+            if way == "joint":
+                accelerator.prepare(model, optimizer, unread)
+            else:
+                accelerator.prepare(model, optimizer)
+                accelerator.prepare(unread)
+        return []
+    schedule = DummyScheduler(optimizer, lr_scheduler_callable=lambda real: LinearLR(real, 1.0, 0.5, total_iters=4))
+    prepared: Any = accelerator.prepare(model, optimizer, schedule)
+    model, optimizer, schedule = prepared
+    rates = []
+    for number in range(4):
+        accelerator.backward(loss_of(model, number, accelerator.process_index))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+@pytest.mark.parametrize("way", ["joint", "later", "remedy"])
+def test_a_schedule_of_a_placeholder_is_refused_with_one_that_has_an_effect(way: str) -> None:
+    rates = run_ranks(schedule_of_torch, 2, way)[0]
+    assert rates == pytest.approx([0.0875, 0.075, 0.0625, 0.05] if way == "remedy" else [])
+
+
 # Float16
 
 

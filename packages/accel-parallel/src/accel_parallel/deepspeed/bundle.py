@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from accel_parallel.deepspeed.placeholders import DummyOptim, DummyScheduler
 from accel_parallel.strategy import Bundle
 from accel_state.errors import ConfigError
 
-__all__ = ["refuse_bundle", "refuse_clip"]
+__all__ = ["refuse_bundle", "refuse_clip", "refuse_unread_schedule"]
 
 
 def refuse_bundle(bundle: Bundle, *, prepared: Sequence[nn.Module]) -> nn.Module | None:
@@ -23,7 +24,7 @@ def refuse_bundle(bundle: Bundle, *, prepared: Sequence[nn.Module]) -> nn.Module
         prepared: models that are trained already.
 
     Raises:
-        ConfigError: for a second model to train, or an optimizer without its model.
+        ConfigError: for a second model to train, an optimizer without its model, or a schedule without effect.
     """
     if not bundle.optimizers:
         return None
@@ -45,7 +46,25 @@ def refuse_bundle(bundle: Bundle, *, prepared: Sequence[nn.Module]) -> nn.Module
         )
     _refuse_odd_parameters(owners[0])
     _refuse_frozen_groups(optimizer)
+    for scheduler in bundle.schedulers:
+        refuse_unread_schedule(scheduler)
     return owners[0]
+
+
+def refuse_unread_schedule(scheduler: Any) -> None:
+    """Refuse a schedule that sets the learning rate of a placeholder, which nothing reads.
+
+    Raises:
+        ConfigError: naming it, and what does the same.
+    """
+    if isinstance(scheduler, DummyScheduler) or not isinstance(getattr(scheduler, "optimizer", None), DummyOptim):
+        return
+    name = type(scheduler).__name__
+    raise ConfigError(
+        f"The {name} was made for a `DummyOptim`, in whose place DeepSpeed makes another optimizer, so the learning rate "
+        f"would never change. Give `DummyScheduler(optimizer, lr_scheduler_callable=lambda optimizer: "
+        f"{name}(optimizer, ...))`, which makes it for that one."
+    )
 
 
 def refuse_clip(prepared: Any, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float) -> bool:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from accel_parallel.clip import check_clip
 from accel_parallel.deepspeed.building import adopt_group, build_engine
-from accel_parallel.deepspeed.bundle import refuse_bundle, refuse_clip
+from accel_parallel.deepspeed.bundle import refuse_bundle, refuse_clip, refuse_unread_schedule
 from accel_parallel.deepspeed.completing import completed_for
 from accel_parallel.deepspeed.config import CompletedConfig, DeepSpeedConfig
 from accel_parallel.deepspeed.gradients import Gradients, gradients_held_by
@@ -339,6 +339,7 @@ class DeepSpeedStrategy(SingleStrategy):
         return super().unwrap(model)
 
     def scheduler_for(self, scheduler: Any, optimizer: Optimizer) -> Any:
+        refuse_unread_schedule(scheduler)  # prepared later than its optimizer
         if not isinstance(scheduler, DummyScheduler):
             return scheduler
         section = self._of_optimizer(optimizer).config.scheduler
