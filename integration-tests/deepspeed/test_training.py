@@ -425,12 +425,12 @@ def schedule_of_torch(way: str) -> list[float]:
     optimizer: Any = DummyOptim(model.parameters())
     if way != "remedy":
         unread = LinearLR(optimizer, 1.0, 0.5, total_iters=4)
+        given = [model, optimizer, unread]
+        if way == "later":
+            accelerator.prepare(*given[:2])
+            del given[:2]
         with pytest.raises(ConfigError, match=r"LinearLR was made for a `DummyOptim`.*lr_scheduler_callable=lambda"):
-            if way == "joint":
-                accelerator.prepare(model, optimizer, unread)
-            else:
-                accelerator.prepare(model, optimizer)
-                accelerator.prepare(unread)
+            accelerator.prepare(*given)
         return []
     schedule = DummyScheduler(optimizer, lr_scheduler_callable=lambda real: LinearLR(real, 1.0, 0.5, total_iters=4))
     prepared: Any = accelerator.prepare(model, optimizer, schedule)

@@ -61,8 +61,8 @@ def refuse_unread_schedule(scheduler: Any) -> None:
         return
     name = type(scheduler).__name__
     raise ConfigError(
-        f"The {name} was made for a `DummyOptim`, in whose place DeepSpeed makes another optimizer, so the learning rate "
-        f"would never change. Give `DummyScheduler(optimizer, lr_scheduler_callable=lambda optimizer: "
+        f"The {name} was made for a `DummyOptim`, in whose place DeepSpeed makes another optimizer, so the learning "
+        f"rate would never change. Give `DummyScheduler(optimizer, lr_scheduler_callable=lambda optimizer: "
         f"{name}(optimizer, ...))`, which makes it for that one."
     )
 
