@@ -375,6 +375,37 @@ def test_what_a_checkpoint_lacks_or_has_too_much_is_named(stored: Path, tmp_path
         load_and_quantize_model(empty_llama(intermediate_size=96), INT8, stored, {"": "cpu"})
 
 
+class Scaled(nn.Module):
+    """A layer to quantize, and something that is kept besides tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 64)
+        self.scales = torch.zeros(2)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.scales
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.scales = state
+
+
+@pytest.mark.parametrize("name", ["int8", "torchao int8"])
+def test_what_modules_keep_besides_tensors_is_loaded(name: str, tmp_path: Path) -> None:
+    original = nn.Sequential(Scaled())
+    original[0].scales = torch.tensor([1.0, 2.0])
+    save_file(original.state_dict(), tmp_path / "model.safetensors")
+    with init_empty_weights():
+        empty = nn.Sequential(Scaled())
+    model = load_and_quantize_model(empty, ALL[name], tmp_path, {"": "cpu"})
+    assert model[0].scales.tolist() == [1.0, 2.0]
+    assert quantized_layers(model)
+    save_file({k: v for k, v in original.state_dict().items() if "extra" not in k}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 of the model's tensors are not in it: `0._extra_state`"):
+        load_and_quantize_model(nn.Sequential(Scaled()), ALL[name], tmp_path, {"": "cpu"})
+
+
 def test_layers_that_a_model_reads_the_dtype_of(tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 

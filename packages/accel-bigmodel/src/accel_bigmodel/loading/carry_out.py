@@ -14,6 +14,7 @@ from torch import nn
 
 from accel_bigmodel.loading.converted import ConvertedFile, converted_name
 from accel_bigmodel.loading.delivery import Delivery
+from accel_bigmodel.loading.extra import PlannedExtra
 from accel_bigmodel.loading.memory import allocate, like
 from accel_bigmodel.loading.model_tensor import put
 from accel_bigmodel.loading.place import DISK, Place
@@ -37,10 +38,13 @@ class Prepared:
     """To be filled."""
     mapped: list[tuple[PlannedTensor, torch.Tensor]]
     """Whose memory is a file, and has its values."""
+    extra: list[tuple[PlannedExtra, torch.Tensor]]
+    """Likewise to be filled, for modules to take."""
 
     def deliveries(self) -> list[Delivery]:
         """What fills it."""
-        return [delivery for each, memory in self.memory for delivery in each.deliveries(memory)]
+        found = [delivery for each, memory in self.memory for delivery in each.deliveries(memory)]
+        return found + [each.delivery(memory) for each, memory in self.extra]
 
 
 def make_room(model: nn.Module, plan: LoadPlan, *, mmap: bool = False, large_pages: bool = False) -> Prepared:
@@ -68,6 +72,7 @@ def make_room(model: nn.Module, plan: LoadPlan, *, mmap: bool = False, large_pag
         [(each, each.of.tensor) for each in plan.in_memory if each.stays]
         + list(zip(new, allocate(wanted, large_pages=large_pages), strict=True)),
         mapped,
+        [(each, each.room()) for each in plan.extra],
     )
 
 
@@ -111,6 +116,8 @@ def install(
     bytes_written: int,
 ) -> LoadedCheckpoint:
     """Give the model what was loaded."""
+    for extra, state in prepared.extra:  # first: these run code of the modules, which may refuse
+        extra.give(state)
     for each, memory in [*prepared.memory, *prepared.mapped]:
         if not each.stays:
             put(model, each.of.names, like(each.of.tensor, memory))

@@ -12,12 +12,12 @@ from types import TracebackType
 
 import torch
 
-from accel_bigmodel.loading.box import Box, cut, index_of, meet, offset_of, shape_of
+from accel_bigmodel.loading.box import Box, cut, index_of, meet, offset_of, shape_of, whole
 from accel_bigmodel.loading.source import Source
 from accel_bigmodel.stored import StoredTensor, read_bytes
 from accel_state.errors import ConfigError
 
-__all__ = ["Delivery", "OpenFiles", "Piece", "ReadSettings", "batches", "pieces_of"]
+__all__ = ["Delivery", "OpenFiles", "Piece", "ReadSettings", "batches", "pieces_of", "whole_of"]
 
 ALIGNMENT = 64
 """Bytes; pieces begin at multiples of it in a staging buffer, so that each can be seen as its dtype."""
@@ -73,6 +73,11 @@ class Delivery:
     def target_of(self, common: Box) -> torch.Tensor:
         """The memory that takes it."""
         return self.target[index_of(common, self.box)]
+
+
+def whole_of(source: Source, target: torch.Tensor) -> Delivery:
+    """All of a stored tensor, to memory of its shape."""
+    return Delivery(source, whole(source.shape), target)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from accel_bigmodel.loading.extra import ExtraState
 from accel_bigmodel.loading.fused import Part, parts_of
 from accel_bigmodel.loading.model_tensor import ModelTensor
 from accel_bigmodel.loading.source import Source
@@ -34,12 +35,20 @@ class Match:
     """First names of tensors of the model that the checkpoint does not have."""
     unexpected: tuple[str, ...]
     """Names in the checkpoint that the model does not have."""
+    extra: Mapping[str, str]
+    """For each extra state that is loaded, by its first name, what it is called in the checkpoint."""
     doubled: tuple[tuple[str, str], ...]
     """Pairs of stored names that are one tensor in the model: the one that is loaded, and one that is not."""
 
 
 def match(
-    model: nn.Module, tensors: Sequence[ModelTensor], sources: Mapping[str, Source], *, strict: bool, path: Path
+    model: nn.Module,
+    tensors: Sequence[ModelTensor],
+    extra: Sequence[ExtraState],
+    sources: Mapping[str, Source],
+    *,
+    strict: bool,
+    path: Path,
 ) -> Match:
     """Bring names together.
 
@@ -48,26 +57,28 @@ def match(
             unless the model itself says that it may be so (``_keys_to_ignore_on_load_missing``, ``..._unexpected``).
     """
     wanted = [each for each in tensors if each.is_saved or each.tensor.device.type == "meta"]
-    known = {name for each in wanted for name in each.names}
+    both: list[ModelTensor | ExtraState] = [*wanted, *extra]
+    known = {name for each in both for name in each.names}
     found = parts_of(model, sources, known)
     parts: dict[str, Sequence[Part]] = {}
     doubled: list[tuple[str, str]] = []
     used: set[str] = set()
-    for each in wanted:
+    for each in both:
         held = [name for name in each.names if name in found]
         used.update(held)
         if held:
             parts[each.name] = found[held[0]]
             doubled += [(found[held[0]][0].source, other.source) for name in held[1:] for other in found[name]]
-    missing = tuple(each.name for each in wanted if each.name not in parts)
+    missing = tuple(each.name for each in both if each.name not in parts)
     unexpected = tuple(part.source for name, each in found.items() if name not in used for part in each)
     if strict:
         lacking = _not_declared(missing, getattr(model, "_keys_to_ignore_on_load_missing", None))
-        extra = _not_declared(unexpected, getattr(model, "_keys_to_ignore_on_load_unexpected", None))
-        if lacking or extra:
-            raise CheckpointError(_misfit(model, tensors, sources, lacking, extra, path))
+        surplus = _not_declared(unexpected, getattr(model, "_keys_to_ignore_on_load_unexpected", None))
+        if lacking or surplus:
+            raise CheckpointError(_misfit(model, tensors, sources, lacking, surplus, path))
     _check_shapes(wanted, parts, sources, path)
-    return Match(parts=parts, missing=missing, unexpected=unexpected, doubled=tuple(doubled))
+    stored = {each.name: parts.pop(each.name)[0].source for each in extra if each.name in parts}
+    return Match(parts=parts, extra=stored, missing=missing, unexpected=unexpected, doubled=tuple(doubled))
 
 
 def _not_declared(names: Iterable[str], patterns: Iterable[str] | None) -> list[str]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from accel_bigmodel.loading.box import Box, whole
-from accel_bigmodel.loading.delivery import Delivery, ReadSettings
+from accel_bigmodel.loading.box import Box
+from accel_bigmodel.loading.delivery import Delivery, ReadSettings, whole_of
+from accel_bigmodel.loading.extra import PlannedExtra, extra_states
 from accel_bigmodel.loading.fused import Part
 from accel_bigmodel.loading.match import Match, match
 from accel_bigmodel.loading.memory import check_plain
@@ -92,7 +93,7 @@ class PlannedTensor:
                 yield Delivery(self.parts[0][0], box, memory.to_local())
             return
         for source, part in self.parts:
-            yield Delivery(source, whole(source.shape), memory[part.place] if part.place else memory)
+            yield whole_of(source, memory[part.place] if part.place else memory)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +101,13 @@ class LoadPlan:
     """Everything that is loaded, and what is not."""
 
     tensors: Sequence[PlannedTensor]
+    extra: Sequence[PlannedExtra]
     match: Match
+
+    @property
+    def sources(self) -> list[Source]:
+        """All that is read."""
+        return [source for each in self.tensors for source, _ in each.parts] + [each.source for each in self.extra]
 
     @property
     def in_memory(self) -> list[PlannedTensor]:
@@ -123,7 +130,8 @@ def plan_load(model: nn.Module, sources: Mapping[str, Source], options: LoadOpti
     tensors = model_tensors(model)
     places = places_of(model, tensors, options.device_map)
     rule = DTypeRule(tensors, options.dtype, options.keep_in_fp32_modules)
-    matched = match(model, tensors, sources, strict=options.strict, path=path)
+    extra = extra_states(model)
+    matched = match(model, tensors, extra, sources, strict=options.strict, path=path)
     planned = []
     for each in tensors:
         if each.name in matched.parts:
@@ -135,7 +143,8 @@ def plan_load(model: nn.Module, sources: Mapping[str, Source], options: LoadOpti
             dtype = rule.of(each, [source.dtype for source, _ in parts])
             planned.append(_checked(PlannedTensor(each, parts, place, dtype), options))
     _check_folder(planned, options)
-    return LoadPlan(tensors=planned, match=matched)
+    taken = [PlannedExtra(each, sources[matched.extra[each.name]]) for each in extra if each.name in matched.extra]
+    return LoadPlan(tensors=planned, extra=taken, match=matched)
 
 
 def _checked(planned: PlannedTensor, options: LoadOptions) -> PlannedTensor:

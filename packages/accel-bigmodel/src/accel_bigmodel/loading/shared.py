@@ -54,7 +54,7 @@ def load_shared(model: nn.Module, path: Path, options: LoadOptions, process: Pro
     """
     view = _common_view(_agree(lambda: _look(path, process), process), options, process)
     plan = _agree(lambda: _plan(model, view, options, path, process), process)
-    names = [source.name for each in plan.tensors for source, _ in each.parts]
+    names = [source.name for source in plan.sources]
     wanted_by_any = {name for each in gather_object([names], process=process) for name in each}
     prepared = _agree(lambda: make_room(model, plan, large_pages=options.reading.large_pages), process)
     wanted = [source for name, source in view.sources.items() if name in wanted_by_any]

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from accel_bigmodel.loading.extra import extra_states
 from accel_bigmodel.loading.fused import Part
-from accel_bigmodel.loading.match import match
+from accel_bigmodel.loading.match import Match, match
 from accel_bigmodel.loading.model_tensor import ModelTensor, put
 from accel_bigmodel.loading.place import DISK
 from accel_bigmodel.loading.source import Source, open_checkpoint
@@ -92,7 +93,8 @@ class Filling:
         before = self._quantized_before(sources)
         taken = {name for parts in before.values() for name in parts}
         rest = {name: source for name, source in sources.items() if name not in taken}
-        found = self._match(rest, frozenset(before), path)
+        matched = self._match(rest, frozenset(before), path)
+        found = matched.parts
         for name, parts in found.items():
             self._check(name, rest[parts[0].source].dtype)
         for layer, names in before.items():
@@ -100,16 +102,19 @@ class Filling:
         for name, parts in found.items():
             if not self._stays_in_file(name, parts, rest):
                 self._fill(name, self._read(name, parts, rest), copy=True)
+        for each in extra_states(self._model):
+            if each.name in matched.extra:
+                each.module.set_extra_state(_map(rest[matched.extra[each.name]]).clone())
         self._move_computed()
 
-    def _match(self, sources: Mapping[str, Source], before: frozenset[str], path: Path) -> Mapping[str, Sequence[Part]]:
+    def _match(self, sources: Mapping[str, Source], before: frozenset[str], path: Path) -> Match:
         tensors = [
             ModelTensor(self._names[name], self._tensor(name), is_saved)
             for names, is_saved in ((self._saved, True), (self._computed, False))
             for name in names
             if name.removesuffix(".weight") not in before
         ]
-        found = match(self._model, tensors, sources, strict=False, path=path)
+        found = match(self._model, tensors, extra_states(self._model), sources, strict=False, path=path)
         missing = self._undeclared(found.missing, "_keys_to_ignore_on_load_missing")
         missing += [name for name in found.missing if name in self._empty and name not in missing]
         unexpected = self._undeclared(found.unexpected, "_keys_to_ignore_on_load_unexpected")
@@ -121,7 +126,7 @@ class Filling:
                     f"`{first}` and `{second}` are one tensor in the {type(self._model).__name__}, but `{path}` holds "
                     f"different values for them. Make the model with the two untied, or remove one from the checkpoint."
                 )
-        return found.parts
+        return found
 
     def _undeclared(self, names: Iterable[str], attribute: str) -> list[str]:
         patterns = getattr(self._model, attribute, None) or ()
