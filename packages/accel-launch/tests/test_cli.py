@@ -17,6 +17,8 @@ from accel_state.errors import ConfigError
 
 ADDED = SimpleNamespace(HELP="Say how many words were given.", main=lambda argv: 40 + len(argv))
 
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
+
 
 @pytest.fixture
 def added_commands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +83,61 @@ def test_ctrl_c_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("accel_launch.cli.find_command", interrupt)
     assert main(["launch", "a.py"]) == 130
+
+
+@pytest.mark.parametrize("words", [["--help"], ["env"], ["launch", "--help"]])
+def test_a_reader_that_goes_away_is_no_fault(words: list[str]) -> None:
+    command = [sys.executable, "-u", "-m", "accel_launch", *words]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(writer)
+    assert (done.stderr, done.returncode) == ("", 141)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]])
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 1), (["env"], 1), (["lunch"], 2)])
+def test_an_output_that_is_full_is_told(words: list[str], code: int, unbuffered: list[str]) -> None:
+    command = [sys.executable, *unbuffered, "-m", "accel_launch", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=BUFFERED, text=True, timeout=60, check=False
+        )
+    assert done.returncode == code
+    assert done.stderr.count("\n") == 1
+    if code == 1:
+        assert "accel: The output could not be written (No space left on device). Free" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_command_that_is_refused_while_the_output_is_full_tells_why() -> None:
+    script = (
+        "import sys; from types import SimpleNamespace; from accel_launch import cli\n"
+        "from accel_state.errors import ConfigError\n"
+        "def refused(words):\n"
+        "    print('something')\n"
+        "    raise ConfigError('It is refused.')\n"
+        "cli.find_command = lambda name: SimpleNamespace(main=refused)\n"
+        "sys.exit(cli.main(['it']))"
+    )
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=BUFFERED, text=True, timeout=60, check=False
+        )
+    assert (done.stderr, done.returncode) == ("accel: It is refused.\n", 2)
+
+
+def test_an_error_of_a_command_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: object) -> NoReturn:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("accel_launch.cli.find_command", lambda name: SimpleNamespace(main=fail))
+    with pytest.raises(OSError, match="somewhere"):
+        main(["it"])
 
 
 def test_one_process_replaces_the_launcher(

@@ -1,7 +1,10 @@
-"""The command `accel`: finds the subcommand and turns its refusals into one message and exit code 2."""
+"""The command `accel`: finds the subcommand, and turns its refusals, and an output that cannot be written, into one
+message and an exit code."""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +14,9 @@ from accel_state.errors import AccelError
 
 __all__ = ["main"]
 
+_BROKEN_PIPE = 141
+"""What a shell reports of a program that a closed pipe ended."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HEAD = "usage: accel COMMAND [arguments]\n\ncommands"
 _TAIL = """\
 examples
@@ -26,7 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: what follows ``accel``; by default what this process was started with.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, where what fails can still be told
+        return code
+    except AccelError as error:
+        return _say(error, 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # of `accel ... | head`, which has seen enough
+        _drop_output()
+        return _BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        return _say(f"The output could not be written ({error.strerror}). Free some space, or send it elsewhere.", 1)
+
+
+def _run(words: list[str]) -> int:
     if not words:
         print(_help(), file=sys.stderr)
         return 2
@@ -36,13 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"accel-launch {__version__}")
         return 0
+    return find_command(words[0]).main(words[1:])
+
+
+def _say(problem: object, code: int) -> int:
+    print(f"accel: {problem}", file=sys.stderr)
     try:
-        return find_command(words[0]).main(words[1:])
-    except AccelError as error:
-        print(f"accel: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        sys.stdout.flush()
+    except OSError:  # perhaps what the problem is
+        _drop_output()
+    return code
+
+
+def _drop_output() -> None:
+    """The interpreter flushes once more as it ends, and would complain then."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help() -> str:

@@ -19,7 +19,6 @@ None of them needs a run, a process group or a device. What does not read tensor
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -56,9 +55,6 @@ exit codes
 
 `accel checkpoint COMMAND --help` says more of each."""
 
-_BROKEN_PIPE = 141
-"""What a shell reports of a program that a closed pipe ended."""
-
 
 class _Module(Protocol):
     def main(self, argv: Sequence[str]) -> int: ...
@@ -85,13 +81,9 @@ def main(argv: Sequence[str]) -> int:
         )
     module = cast(_Module, import_module(f"{__name__}.{words[0]}"))
     try:
-        code = module.main(words[1:])
-        sys.stdout.flush()  # here, where a reader that went away can be told from a fault
-        return code
-    except BrokenPipeError:
-        # The interpreter flushes once more as it ends, and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        return module.main(words[1:])
+    except BrokenPipeError:  # a reader that went away is no fault
+        raise
     except OSError as error:
         raise CheckpointError(
             f"`accel checkpoint {words[0]}` could not go on ({error}). Correct that, then run it again: what it was "
