@@ -189,6 +189,7 @@ import os, signal, sys
 import torch
 from accel import Accelerator, ProjectConfiguration
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 accelerator = Accelerator(cpu=True, project_dir={folder!r})
 model = torch.nn.Linear(2000, 500)
 model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
