@@ -64,9 +64,10 @@ def divide_module(module: nn.Module, style: Style, mesh: DeviceMesh) -> None:
             return DTensor.from_local(output, mesh, [Shard(output.dim() - 1)], run_check=False)
         return output
 
-    module.register_forward_pre_hook(before, with_kwargs=True)
-    module.register_forward_hook(restore, always_call=True)  # also where recomputing stops early, by an exception
-    module.register_forward_hook(after)
+    module.register_forward_pre_hook(_hook(before), with_kwargs=True)
+    # Also where recomputing stops early, by an exception.
+    module.register_forward_hook(_hook(restore), always_call=True)
+    module.register_forward_hook(_hook(after))
 
 
 def localize_module(module: nn.Module, summed: Collection[str], mesh: DeviceMesh) -> None:
@@ -97,8 +98,15 @@ def localize_module(module: nn.Module, summed: Collection[str], mesh: DeviceMesh
             for key, _ in _held(owner):
                 owner.__dict__.pop(key, None)
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(restore, always_call=True)
+    module.register_forward_pre_hook(_hook(before))
+    module.register_forward_hook(_hook(restore), always_call=True)
+
+
+def _hook(function: Any) -> Any:
+    """What is registered. Before torch 2.13 compilers do not understand how attributes are set for a time and taken
+    back, and made code of it that computes other gradients: they leave the hooks alone there, at a break of the graph
+    each."""
+    return function if torch.__version__ >= "2.13" else torch.compiler.disable(function)
 
 
 def _held(module: nn.Module) -> list[tuple[str, Any]]:
