@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from accel.checkpoint_view import CheckpointView
+from accel.contents import Contents
 from accel.engine import Engine
 from accel.handlers import KwargsHandler, by_type
 from accel.kinds import kind_of
@@ -177,7 +178,7 @@ class Accelerator(CheckpointView):
             accumulation=plugin or GradientAccumulationPlugin(num_steps=self.config.gradient_accumulation_steps),
             loops=self._loops,
         )
-        self._saving = Saving(self._engine, self.process, self.project_configuration, self._loaders)
+        self._saving = Saving(Contents(self._engine, self.process, self._loaders), self.project_configuration)
         self._tracking = Tracking(log_with, self.process, self.project_configuration.tracking_dir)
 
     # Settings

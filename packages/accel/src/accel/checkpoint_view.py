@@ -33,7 +33,7 @@ class CheckpointView(ProcessView):
 
         The main process's state is saved, and restored on every rank: keep these objects alike on all.
         """
-        self._saving.register(objects)
+        self._saving.contents.register(objects)
 
     def register_save_state_pre_hook(self, hook: SaveHook) -> None:
         """Call ``hook(models, weights, folder)`` before each save; it may change the weights in place.
