@@ -274,7 +274,7 @@ class Process:
                 timeout=timeout,
                 wait_for_workers=False,
             )
-        except dist.DistNetworkError as error:
+        except RuntimeError as error:  # a `DistNetworkError`, but of torch 2.6 where a port is taken
             asked = f"{environment.master_addr}:{environment.master_port}"
             if serves:
                 why, remedy = "cannot listen there", "Set MASTER_PORT to a free port"
