@@ -82,6 +82,7 @@ class FSDPStrategy(SingleStrategy):
             )
         super().__init__(process, options=None, parallelism=parallelism, dynamo=dynamo)
         self.options = options or FullyShardedDataParallelPlugin()
+        _check_device(process.device)
         process.require_group()
         self.mesh = Mesh(process, _shape(process, self.options))
         self.device_mesh = self.mesh.root
@@ -329,6 +330,14 @@ class FSDPStrategy(SingleStrategy):
                 )
             settings["ignored_params"] = ignored
         return settings
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ConfigError(
+            f"Models cannot be sharded on the CPU with torch {torch.__version__}: its `fully_shard` asks for events "
+            f"that the CPU does not have there. Install a newer torch, use a GPU, or leave out what asks for shards."
+        )
 
 
 def _shape(process: Process, options: FullyShardedDataParallelPlugin) -> MeshShape:

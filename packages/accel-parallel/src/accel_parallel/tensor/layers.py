@@ -106,7 +106,9 @@ def _hook(function: Any) -> Any:
     """What is registered. Before torch 2.13 compilers do not understand how attributes are set for a time and taken
     back, and made code of it that computes other gradients: they leave the hooks alone there, at a break of the graph
     each."""
-    return function if torch.__version__ >= "2.13" else torch.compiler.disable(function)
+    if torch.__version__ >= "2.13":  # compared as versions
+        return function
+    return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
 
 
 def _held(module: nn.Module) -> list[tuple[str, Any]]:
