@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -110,8 +111,7 @@ def test_a_plan_does_not_depend_on_the_process(seed: int) -> None:
         "from accel_parallel.checkpoint.plan import plan_files; "
         "print(plan_files('i', [({c: ord(c) for c in 'zyxwvu'}, [0, 1, 2])], smallest=9, largest=99))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONHASHSEED": str(seed)}, capture_output=True, text=True, check=True
-    )
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     expected = plan_files("i", [({c: ord(c) for c in "zyxwvu"}, [0, 1, 2])], smallest=9, largest=99)
     assert run.stdout.strip() == str(expected)
