@@ -37,12 +37,19 @@ class Scaled(nn.Module):
         return found
 
 
+class Following(Scaled):
+    """Keeps its state where its weight is, and in the weight's dtype."""
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.scales = state.to(self.linear.weight.device, self.linear.weight.dtype)
+
+
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Scaled] = Scaled) -> None:
         super().__init__()
-        self.first = Scaled()
+        self.first = kind()
         self.again = self.first
-        self.last = Scaled()
+        self.last = kind()
 
 
 def trained() -> Net:
@@ -62,9 +69,9 @@ def saved(folder: Path, **changed: torch.Tensor | None) -> Path:
     return folder / "model.safetensors"
 
 
-def empty() -> Any:
+def empty(kind: type[Scaled] = Scaled) -> Any:
     with init_empty_weights():
-        return Net()
+        return Net(kind)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -76,6 +83,15 @@ def test_it_is_loaded_from_both_kinds_of_files(tmp_path: Path, strict: bool) -> 
         assert (net.first.scales.tolist(), net.last.scales.tolist()) == ([1.0, 2.0], [3.0, 4.0])
         assert not result.missing
         assert not result.unexpected
+
+
+@pytest.mark.parametrize("make", [empty, Net])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_modules_see_where_their_tensors_came_to_be(tmp_path: Path, make: Any, dtype: torch.dtype | None) -> None:
+    net = make(Following)
+    load_checkpoint_in_model(net, saved(tmp_path), dtype=dtype)
+    assert (net.first.scales.tolist(), net.last.scales.tolist()) == ([1.0, 2.0], [3.0, 4.0])
+    assert net.first.scales.dtype == net.first.linear.weight.dtype == (dtype or torch.float32)
 
 
 def test_on_disk_too_it_is_in_memory(tmp_path: Path) -> None:
@@ -107,12 +123,29 @@ def test_one_module_stored_with_two_states_loses_none_unseen(tmp_path: Path) -> 
         load_checkpoint_in_model(empty(), path)
 
 
-def test_nothing_is_changed_where_the_module_refuses_it(tmp_path: Path) -> None:
+def test_what_a_module_says_against_it_is_heard(tmp_path: Path) -> None:
     path = saved(tmp_path, first___extra_state=torch.tensor([-1.0, 2.0]))
-    net = empty()
     with pytest.raises(ValueError, match="scales are positive"):
-        load_checkpoint_in_model(net, path)
-    assert net.first.linear.weight.is_meta
+        load_checkpoint_in_model(empty(), path)
+
+
+class OnlyOnRank0(Scaled):
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        if torch.distributed.get_rank() == 1:
+            raise ValueError("not here")
+        super().set_extra_state(state)
+
+
+def refused_on_one(path: str) -> str:
+    with pytest.raises((ValueError, CheckpointError)) as caught:
+        load_checkpoint_in_model(empty(OnlyOnRank0), path, broadcast_from_rank0=True)
+    return str(caught.value)
+
+
+def test_every_rank_hears_what_a_module_says_on_one(tmp_path: Path) -> None:
+    first, second = run_ranks(refused_on_one, 2, str(saved(tmp_path)))
+    assert "Rank 1 could not load its part, so no rank has the whole model: ValueError: not here" in first
+    assert second == "not here"
 
 
 def loaded_by_all(path: str) -> list[float]:

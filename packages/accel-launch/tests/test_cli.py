@@ -97,6 +97,22 @@ def test_a_reader_that_goes_away_is_no_fault(words: list[str]) -> None:
     assert (done.stderr, done.returncode) == ("", 141)
 
 
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def fail(words: object) -> NoReturn:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("accel_launch.cli.find_command", lambda name: SimpleNamespace(main=fail))
+    with capfd.disabled(), pytest.raises(BrokenPipeError):
+        main(["it"])
+
+
+@pytest.mark.parametrize("words", [["--version"], ["env"]])
+def test_there_may_be_no_standard_output(words: list[str]) -> None:
+    command = f"{sys.executable} -m accel_launch {' '.join(words)} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 @pytest.mark.parametrize("unbuffered", [[], ["-u"]])
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 1), (["env"], 1), (["lunch"], 2)])
@@ -109,7 +125,7 @@ def test_an_output_that_is_full_is_told(words: list[str], code: int, unbuffered:
     assert done.returncode == code
     assert done.stderr.count("\n") == 1
     if code == 1:
-        assert "accel: The output could not be written (No space left on device). Free" in done.stderr
+        assert "accel: Writing failed (No space left on device). Free" in done.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -34,19 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # here, where what fails can still be told
+        if sys.stdout is not None:  # a service may have closed it
+            sys.stdout.flush()  # here, where what fails can still be told
         return code
     except AccelError as error:
         return _say(error, 2)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # of `accel ... | head`, which has seen enough
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
         _drop_output()
-        return _BROKEN_PIPE
+        return _BROKEN_PIPE  # of `accel ... | head`, which has seen enough
     except OSError as error:
         if error.errno not in _FULL or error.filename is not None:
             raise
-        return _say(f"The output could not be written ({error.strerror}). Free some space, or send it elsewhere.", 1)
+        return _say(f"Writing failed ({error.strerror}). Free some space where the output goes, or move it.", 1)
 
 
 def _run(words: list[str]) -> int:
@@ -65,15 +69,27 @@ def _run(words: list[str]) -> int:
 def _say(problem: object, code: int) -> int:
     print(f"accel: {problem}", file=sys.stderr)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:  # perhaps what the problem is
         _drop_output()
     return code
 
 
+def _reader_is_gone() -> bool:
+    """Whether it is the standard output that nobody reads any more, and not some other pipe."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
+
+
 def _drop_output() -> None:
     """The interpreter flushes once more as it ends, and would complain then."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _help() -> str:

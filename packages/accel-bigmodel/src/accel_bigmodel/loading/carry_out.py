@@ -115,9 +115,7 @@ def install(
     bytes_read: int,
     bytes_written: int,
 ) -> LoadedCheckpoint:
-    """Give the model what was loaded."""
-    for extra, state in prepared.extra:  # first: these run code of the modules, which may refuse
-        extra.give(state)
+    """Give the model what was loaded. Whatever a module raises at its extra state goes on to the caller."""
     for each, memory in [*prepared.memory, *prepared.mapped]:
         if not each.stays:
             put(model, each.of.names, like(each.of.tensor, memory))
@@ -131,6 +129,8 @@ def install(
             old = each.of.tensor
             put(model, each.of.names, like(old, torch.empty(old.shape, dtype=each.dtype, device="meta")))
             index.update(dict.fromkeys(each.of.names, stored[each.of.name]))
+    for extra, state in prepared.extra:  # last, as torch does: modules may look where their tensors are
+        extra.give(state)
     return LoadedCheckpoint(
         places=places,
         bytes_by_place=dict(sizes),

@@ -62,7 +62,7 @@ def load_shared(model: nn.Module, path: Path, options: LoadOptions, process: Pro
         rounds = _agree(lambda: _Rounds(process, view, wanted, prepared.deliveries(), progress), process)
         rounds.run()
     _agree(rounds.raise_failure, process)
-    return install(model, plan, prepared, {}, bytes_read=rounds.bytes_read, bytes_written=0)
+    return _agree(lambda: install(model, plan, prepared, {}, bytes_read=rounds.bytes_read, bytes_written=0), process)
 
 
 def _agree(action: Callable[[], T], process: Process) -> T:
