@@ -28,7 +28,7 @@ from accel_parallel.checkpoint import (
 )
 from accel_parallel.checkpoint import commit as commit_module
 from accel_parallel.checkpoint import manifest as manifest_module
-from accel_parallel.checkpoint.folder import sync_to_disk
+from accel_parallel.checkpoint.folder import LocalFolder, sync_to_disk
 from accel_parallel.checkpoint.layout import previous_path, recover
 from accel_parallel.checkpoint.staging import LocalStaging
 from accel_state import CheckpointError, Process, ProcessSettings
@@ -226,7 +226,7 @@ def test_a_crash_of_one_of_two_leaves_a_whole_checkpoint(tmp_path: Path, kind: s
     assert 1 in outcomes
 
 
-def full(*_: Any) -> None:
+def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -352,6 +352,27 @@ def test_all_ranks_raise_what_one_of_them_met(tmp_path: Path, kind: str, named: 
     assert len(set(messages)) == 1
     assert named in messages[0]
     assert os.listdir(tmp_path) == []
+
+
+def failing_to_clear_up(final: Path) -> str:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    process = Process.current()
+    item = Item(f"part_{process.topology.rank}", "custom", {"weight": torch.ones(2)})
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(LocalStaging, "abandon", fail))
+        if process.topology.rank == 1:
+            stack.enter_context(patch.object(LocalFolder, "write", full))
+        caught = stack.enter_context(pytest.raises(CheckpointError))
+        save_checkpoint(final, [item], process=process, step=0, strategy="any")
+    return str(caught.value)
+
+
+def test_what_failed_first_is_told_where_nothing_can_be_cleared_up(tmp_path: Path) -> None:
+    first, second = run_ranks(failing_to_clear_up, 2, tmp_path / "run")
+    assert first == second
+    assert "rank 1: OSError: [Errno 28] No space left" in first
 
 
 @pytest.mark.parametrize("way", ["a/run", "run", "/"])

@@ -86,6 +86,18 @@ def test_of_shards() -> None:
     run_ranks(restored_in_place, 2)
 
 
+def partial_entries() -> list[str]:
+    strategy = FSDPStrategy(Process.current(), options=FullyShardedDataParallelPlugin(min_num_params=1))
+    model, optimizer = trained(strategy, torch.optim.AdamW, 1)
+    for parameter, entries in optimizer.state.items():
+        entries["norm"] = parameter.detach().norm()  # of which each rank has a summand
+    return sorted({key for _, key in room_in(optimizer, names_of(strategy, model))})
+
+
+def test_a_sum_over_ranks_is_no_room() -> None:
+    assert run_ranks(partial_entries, 2) == [["exp_avg", "exp_avg_sq", "step"]] * 2
+
+
 def two_entries_are_one(optimizer: torch.optim.Optimizer) -> None:
     for entries in optimizer.state.values():
         entries["exp_avg_sq"] = entries["exp_avg"]

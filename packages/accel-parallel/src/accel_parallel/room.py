@@ -18,7 +18,8 @@ def room_in(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> dict[tup
     """Entries that may be overwritten, by the name of their parameter and their key.
 
     Those that share memory with another entry, a parameter or its gradient are left out: what is written to one would
-    change the other. So are those of classes that keep more than values, such as quantized ones.
+    change the other. So are those of classes that keep more than values, such as quantized ones, and those whose value
+    is a sum over ranks, of which no rank holds a part.
     """
     found = {
         (names[parameter], key): entry
@@ -65,7 +66,8 @@ def _is_whole(tensor: torch.Tensor) -> bool:
     """Whether it is all of its memory, each element once."""
     local = local_of(tensor)
     return (
-        _memory(tensor) is not None
+        not (is_sharded(tensor) and any(each.is_partial() for each in tensor.placements))
+        and _memory(tensor) is not None
         and not tensor.requires_grad
         and local.untyped_storage().nbytes() == local.numel() * local.element_size()
     )

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from accel_parallel.audit import is_spread
 from accel_parallel.clip import check_clip, gradients_of, scale_gradients_
 from accel_parallel.room import fits, room_in
-from accel_parallel.sharded import in_memory, local_of, part_of, read_all, to_copy
+from accel_parallel.sharded import in_memory, is_extra, local_of, part_of, read_all, to_copy
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import DistributedType, Process
@@ -183,7 +183,9 @@ class SingleStrategy:
     def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         inner = self.unwrap(model)
         self.check_model_state(self.model_state(inner), state)
-        inner.load_state_dict({name: to_copy(value) for name, value in state.items()}, strict=True)
+        # A module may keep what it is given as its extra state, which must not be the memory of a file.
+        values = {name: in_memory(value) if is_extra(name) else to_copy(value) for name, value in state.items()}
+        inner.load_state_dict(values, strict=True)
 
     @staticmethod
     def check_model_state(present: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
@@ -237,15 +239,18 @@ class SingleStrategy:
             groups.append({**settings, "params": list(range(offset, offset + count))})
             offset += count
         places = [(name, key) for name, entries in state.state.items() for key in entries]
+        found = [state.state[name][key] for name, key in places]
         parameters = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
         room = room_in(optimizer, names)
-        optimizer.state.clear()  # its memory is for what comes
-        values = read_all(
-            self._own_entry,
-            [state.state[name][key] for name, key in places],
-            [parameters.get(name) for name, _ in places],
-            [room.pop(place, None) for place in places],
-        )
+        rooms = [
+            room[place] if place in room and fits(value, room[place]) else None
+            for place, value in zip(places, found, strict=True)
+        ]
+        room.clear()
+        optimizer.state.clear()  # its other memory is for what comes
+        self._settle_device()  # what was queued before may still read it, on another stream than the readers'
+        values = read_all(self._own_entry, found, [parameters.get(name) for name, _ in places], rooms)
+        self._settle_device()
         held: dict[str, dict[str, Any]] = {name: {} for name in state.state}
         for (name, key), value in zip(places, values, strict=True):
             held[name][key] = value
@@ -254,9 +259,13 @@ class SingleStrategy:
         )
         _restore_dtypes(optimizer, names, held)
 
+    def _settle_device(self) -> None:
+        if self.process.device.type != "cpu":
+            torch.accelerator.synchronize(self.process.device)
+
     def _own_entry(self, value: Any, parameter: torch.Tensor | None, room: torch.Tensor | None) -> Any:
-        """An entry of an optimizer's state as this rank holds it: in `room` where it fits there."""
-        if room is None or not fits(value, room):
+        """An entry of an optimizer's state as this rank holds it, in `room` where there is any."""
+        if room is None:
             return self._new_entry(value, parameter)
         with torch.no_grad():
             local_of(room).copy_(part_of(value, room))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,7 +78,7 @@ def save_checkpoint(
             try:
                 staging.publish(token, about.manifest_of(*_merge(answers)).to_json(), sync=sync)
             except BaseException:
-                staging.abandon(token)  # before the others hear of it: they may look
+                _clear_up(staging, token)  # before the others hear of it: they may look
                 raise
 
         on_main(process, publish, "commit")
@@ -157,7 +157,7 @@ def begin(staging: Staging, process: Process) -> Iterator[str]:
         yield token
     finally:
         if process.topology.is_main:  # a failure, an interrupt, or a peer that died
-            staging.abandon(token)
+            _clear_up(staging, token)
 
 
 def on_main(process: Process, action: Callable[[], object], what: str) -> str:
@@ -226,11 +226,19 @@ def raise_failures(problem: str | None, staging: Staging, token: str | None, pro
     if not failures:
         return
     if token is not None:
-        on_main(process, lambda: staging.abandon(token), "clear up")  # before anybody raises, and may look
+        if process.topology.is_main:
+            _clear_up(staging, token)  # before anybody raises, and may look
+        process.barrier()
     raise CheckpointError(
         f"The checkpoint `{staging.location}` could not be written ({'; '.join(failures)}), and nothing of it was "
         f"kept; earlier ones are untouched. Correct what is named there, or choose another folder, then save again."
     )
+
+
+def _clear_up(staging: Staging, token: str) -> None:
+    """As far as possible: what failed first is what is told."""
+    with suppress(*FAILURES):
+        staging.abandon(token)
 
 
 def _said(error: BaseException) -> str:

@@ -63,7 +63,7 @@ def refuse_unread_schedule(scheduler: Any) -> None:
     raise ConfigError(
         f"The {name} was made for a `DummyOptim`, in whose place DeepSpeed makes another optimizer, so the learning "
         f"rate would never change. Give `DummyScheduler(optimizer, lr_scheduler_callable=lambda optimizer: "
-        f"{name}(optimizer, ...))`, which makes it for that one."
+        f"{name}(optimizer, ...))`, which makes it for that one, and have no `scheduler` section in the configuration."
     )
 
 

@@ -39,7 +39,7 @@ from accel_parallel.mesh import Mesh
 from accel_parallel.naming import parameter_names
 from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.recompute import checkpoint_activations
-from accel_parallel.sharded import in_memory, is_sharded, like, local_of, part_of, total_norm, whole
+from accel_parallel.sharded import in_memory, is_extra, is_sharded, like, local_of, part_of, total_norm, whole
 from accel_parallel.single import SingleStrategy
 from accel_parallel.strategy import Bundle
 from accel_state.errors import ConfigError
@@ -228,7 +228,11 @@ class FSDPStrategy(SingleStrategy):
         self.check_model_state(present, state)
         with torch.no_grad():
             for name, value in state.items():
-                local_of(present[name]).copy_(part_of(value, present[name]))
+                if not is_extra(name):
+                    local_of(present[name]).copy_(part_of(value, present[name]))
+        for name, value in state.items():
+            if is_extra(name):
+                self.unwrap(model).get_submodule(name.rpartition(".")[0]).set_extra_state(in_memory(value))
 
     def _new_entry(self, value: Any, parameter: torch.Tensor | None) -> Any:
         if parameter is None or not is_sharded(parameter):
