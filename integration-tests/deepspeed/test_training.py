@@ -451,6 +451,40 @@ def test_a_schedule_of_a_placeholder_is_refused_with_one_that_has_an_effect(way:
     assert rates == pytest.approx([0.0875, 0.075, 0.0625, 0.05] if way == "remedy" else [])
 
 
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.count = 0
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self.count])  # made anew each time
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.count = int(state)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.linear(inputs)
+        return found
+
+
+def counted(stage: int, folder: str) -> tuple[list[int], bool]:
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage), project_dir=folder)
+    raw: Any = nn.Sequential(Counting(), Counting())
+    prepared: Any = accelerator.prepare(raw, torch.optim.AdamW(raw.parameters()))
+    raw[0].count, raw[1].count = 7, 8
+    accelerator.save_state()
+    raw[0].count = raw[1].count = 0
+    accelerator.load_state()
+    whole = accelerator.get_state_dict(prepared[0])
+    return [each.count for each in raw], not whole or whole["1._extra_state"].tolist() == [8]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_modules_keep_besides_tensors_comes_back(stage: int, tmp_path: Path) -> None:
+    assert run_ranks(counted, 2, stage, str(tmp_path)) == [([7, 8], True)] * 2
+
+
 # Float16
 
 

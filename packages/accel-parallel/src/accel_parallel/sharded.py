@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "Box", "box_of", "in_memory", "is_divided", "is_extra", "is_sharded", "like", "local_of", "owned_pieces",
+    "Box", "box_of", "in_memory", "is_divided", "is_sharded", "like", "local_of", "owned_pieces",
     "part_of", "read_all", "range_of", "to_copy", "total_norm", "whole",
 ]  # fmt: skip
 
@@ -129,11 +129,6 @@ def read_all(read: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
 
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         return list(pool.map(read, *arguments))
-
-
-def is_extra(name: str) -> bool:
-    """Whether an entry of a ``state_dict`` is what a module keeps besides its tensors (``get_extra_state``)."""
-    return name.rpartition(".")[2] == "_extra_state"
 
 
 def to_copy(value: Any) -> Any:

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from accel_parallel.audit import is_spread
 from accel_parallel.clip import check_clip, gradients_of, scale_gradients_
+from accel_parallel.extra_state import is_extra
 from accel_parallel.room import fits, room_in
-from accel_parallel.sharded import in_memory, is_extra, local_of, part_of, read_all, to_copy
+from accel_parallel.sharded import in_memory, local_of, part_of, read_all, to_copy
 from accel_parallel.strategy import Bundle, Duty, OptimizerState
 from accel_state.errors import CheckpointError, ConfigError
 from accel_state.process import DistributedType, Process

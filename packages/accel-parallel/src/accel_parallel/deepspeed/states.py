@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from accel_parallel.deepspeed.tensor import TensorDivision
+from accel_parallel.extra_state import give_extra_states, is_extra
 from accel_parallel.flat import FlatPart
 from accel_parallel.sharded import in_memory, range_of, whole
 from accel_state.errors import CheckpointError
@@ -101,9 +102,10 @@ class EngineStates:
         """Copy a state in that was checked against `model_state` before. Every rank must call this."""
         done: set[int] = set()
         for name, tensor in self._named():
-            if id(tensor) not in done:
+            if id(tensor) not in done and not is_extra(name):
                 done.add(id(tensor))
                 self._load_weights(tensor, state[name])
+        give_extra_states(self.model, state)
 
     # The optimizer
 

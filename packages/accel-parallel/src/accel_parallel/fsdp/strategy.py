@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from accel_parallel.axes import ModelAxes
 from accel_parallel.clip import check_clip, clip_to_norm_, gradients_of
+from accel_parallel.extra_state import give_extra_states, is_extra
 from accel_parallel.fsdp.plugin import FullyShardedDataParallelPlugin
 from accel_parallel.fsdp.precision import precision_policy, refuse_other_precision
 from accel_parallel.fsdp.statistics import share_statistics
@@ -39,7 +40,7 @@ from accel_parallel.mesh import Mesh
 from accel_parallel.naming import parameter_names
 from accel_parallel.parallelism import ParallelismConfig
 from accel_parallel.recompute import checkpoint_activations
-from accel_parallel.sharded import in_memory, is_extra, is_sharded, like, local_of, part_of, total_norm, whole
+from accel_parallel.sharded import in_memory, is_sharded, like, local_of, part_of, total_norm, whole
 from accel_parallel.single import SingleStrategy
 from accel_parallel.strategy import Bundle
 from accel_state.errors import ConfigError
@@ -230,9 +231,7 @@ class FSDPStrategy(SingleStrategy):
             for name, value in state.items():
                 if not is_extra(name):
                     local_of(present[name]).copy_(part_of(value, present[name]))
-        for name, value in state.items():
-            if is_extra(name):
-                self.unwrap(model).get_submodule(name.rpartition(".")[0]).set_extra_state(in_memory(value))
+        give_extra_states(self.unwrap(model), state)
 
     def _new_entry(self, value: Any, parameter: torch.Tensor | None) -> Any:
         if parameter is None or not is_sharded(parameter):
