@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from torch import nn
 
 from accel import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from accel_state.testing import run_ranks
+from accel_state.process import Process, ProcessSettings
+from accel_state.testing import rank_environment, run_ranks
 
 SPREADS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -39,19 +42,29 @@ def losses(accelerator: Accelerator, model: Any, optimizer: Any, steps: range) -
     return found
 
 
+@contextmanager
+def world() -> Iterator[None]:
+    """A world of its own for each strategy, which divides it as it needs."""
+    with Process.open(ProcessSettings(device="cpu"), environment=rank_environment()) as process:
+        assert process.topology.world_size == 2
+        yield
+
+
 def gone_on(folder: str) -> dict[tuple[str, str], list[float]]:
     """Losses of the second half of a run, by the strategies of both halves."""
     for before in SPREADS:
-        accelerator, model, optimizer = prepared(before)
-        losses(accelerator, model, optimizer, range(4))
-        accelerator.save_state(f"{folder}/{before}")
-        accelerator.free_memory()
+        with world():
+            accelerator, model, optimizer = prepared(before)
+            losses(accelerator, model, optimizer, range(4))
+            accelerator.save_state(f"{folder}/{before}")
+            accelerator.free_memory()
     found = {}
     for before, after in product(SPREADS, SPREADS):
-        accelerator, model, optimizer = prepared(after)
-        accelerator.load_state(f"{folder}/{before}")
-        found[before, after] = losses(accelerator, model, optimizer, range(4, 8))
-        accelerator.free_memory()
+        with world():
+            accelerator, model, optimizer = prepared(after)
+            accelerator.load_state(f"{folder}/{before}")
+            found[before, after] = losses(accelerator, model, optimizer, range(4, 8))
+            accelerator.free_memory()
     return found
 
 
