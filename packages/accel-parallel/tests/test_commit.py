@@ -364,8 +364,11 @@ def failing_to_clear_up(final: Path) -> str:
         stack.enter_context(patch.object(LocalStaging, "abandon", fail))
         if process.topology.rank == 1:
             stack.enter_context(patch.object(LocalFolder, "write", full))
+        told = stack.enter_context(patch.object(commit_module.logger, "warning"))
         caught = stack.enter_context(pytest.raises(CheckpointError))
         save_checkpoint(final, [item], process=process, step=0, strategy="any")
+    if process.topology.is_main:
+        assert "could not be removed" in told.call_args.args[0]
     return str(caught.value)
 
 

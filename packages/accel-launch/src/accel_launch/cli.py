@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import sys
 from collections.abc import Sequence
 
@@ -78,6 +77,10 @@ def _say(problem: object, code: int) -> int:
 
 def _reader_is_gone() -> bool:
     """Whether it is the standard output that nobody reads any more, and not some other pipe."""
+    if sys.stdout is None:
+        return False
+    import select  # here: the launcher's start needs none of it
+
     if not hasattr(select, "poll"):
         return True
     poll = select.poll()

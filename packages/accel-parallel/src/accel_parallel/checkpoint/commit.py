@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,9 +28,12 @@ from accel_parallel.checkpoint.staging import FAILURES, Staging, staging_of
 from accel_parallel.checkpoint.store import NUM_THREADS
 from accel_state.collectives import broadcast_object_list, gather_object
 from accel_state.errors import CheckpointError, ConfigError
+from accel_state.logging import get_logger
 from accel_state.process import Process
 
 __all__ = ["begin", "on_main", "prepare", "raise_failures", "save_checkpoint", "write_checkpoint"]
+
+logger = get_logger(__name__)
 
 _Path = TypeVar("_Path", bound="str | Path")
 Written = tuple[dict[str, ItemRecord], dict[str, FileRecord]]
@@ -236,9 +239,14 @@ def raise_failures(problem: str | None, staging: Staging, token: str | None, pro
 
 
 def _clear_up(staging: Staging, token: str) -> None:
-    """As far as possible: what failed first is what is told."""
-    with suppress(*FAILURES):
+    """As far as possible: what failed first is what is raised, and this is told besides."""
+    try:
         staging.abandon(token)
+    except FAILURES as error:
+        logger.warning(
+            "What was written of the checkpoint `%s` could not be removed (%s), and still lies at `%s`. Remove it.",
+            staging.location, _said(error), token,
+        )  # fmt: skip
 
 
 def _said(error: BaseException) -> str:

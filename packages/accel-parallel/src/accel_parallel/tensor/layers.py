@@ -104,8 +104,8 @@ def localize_module(module: nn.Module, summed: Collection[str], mesh: DeviceMesh
 
 def _hook(function: Any) -> Any:
     """What is registered. Before torch 2.13 compilers do not understand how attributes are set for a time and taken
-    back, and made code of it that computes other gradients: they leave the hooks alone there, at a break of the graph
-    each."""
+    back (seen with 2.6 and 2.11), and with 2.11 they made code of it that computed other gradients. They leave the
+    hooks alone there, at a break of the graph each."""
     if torch.__version__ >= "2.13":  # compared as versions
         return function
     return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
